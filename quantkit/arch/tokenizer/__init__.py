@@ -1,0 +1,72 @@
+"""Tokenizers: from the files beside the weights to `tokenizer.*` keys of a GGUF file.
+
+Nothing of the checkpoint is run or rendered, and no tokenizer library is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.arch.base import SideFiles
+from quantkit.arch.tokenizer import hf_json, spm, tiktoken
+from quantkit.arch.tokenizer.bpe_json import bpe_vocab
+from quantkit.arch.tokenizer.llama_json import llama_json_vocab
+from quantkit.arch.tokenizer.special import chat_template_kvs, special_kvs
+from quantkit.arch.tokenizer.vocab import Vocab
+from quantkit.errors import SourceError, UnsupportedError
+from quantkit.types import Kv, KvType
+
+__all__ = ["SideFiles", "tokenizer_kvs"]
+
+
+def tokenizer_kvs(source: SideFiles, vocab_size: int, config: Mapping[str, Any]) -> dict[str, Kv]:
+    """Every `tokenizer.*` key, for a model whose embedding has `vocab_size` rows.
+
+    `config` is config.json as it is. The first of `tiktoken.model`, `tokenizer.model` and
+    `tokenizer.json` counts. Raises SourceError for files that contradict themselves, each other
+    or `vocab_size`, and UnsupportedError for a tokenizer that llama.cpp would not reproduce.
+    """
+    settings = _table(source, "tokenizer_config.json") or {}
+    raw = _table(source, hf_json.FILE)
+    vocab, file = _read_vocab(source, raw, settings, config, vocab_size)
+    kvs = vocab.kvs(file)
+    prefix = settings.get("add_prefix_space")
+    if not isinstance(prefix, bool):
+        prefix = vocab.add_space_prefix
+    if prefix is not None:
+        kvs["tokenizer.ggml.add_space_prefix"] = Kv(KvType.BOOL, prefix)
+    kvs |= special_kvs(config, settings, raw, vocab_size, vocab.add_bos)
+    kvs |= chat_template_kvs(source, settings)
+    return kvs
+
+
+def _read_vocab(
+    source: SideFiles,
+    raw: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    vocab_size: int,
+) -> tuple[Vocab, str]:
+    """The vocabulary, and the file that it is from."""
+    if (data := source.read_bytes(tiktoken.FILE, tiktoken.MAX_BYTES)) is not None:
+        return tiktoken.tiktoken_vocab(data, settings, config, vocab_size), tiktoken.FILE
+    if (data := source.read_bytes(spm.FILE, spm.MAX_BYTES)) is not None:
+        added = _table(source, "added_tokens.json")
+        return spm.spm_vocab(data, added, settings, vocab_size), spm.FILE
+    if raw is not None:
+        model = hf_json.read_bpe_model(raw, vocab_size)
+        read = llama_json_vocab if model.byte_fallback else bpe_vocab
+        return read(raw, model, settings, vocab_size), hf_json.FILE
+    raise UnsupportedError(
+        f"no tokenizer: none of {tiktoken.FILE}, {spm.FILE} and {hf_json.FILE} is there",
+        hint="Fetch the tokenizer's files too, or convert without a vocabulary.",
+    )
+
+
+def _table(source: SideFiles, name: str) -> Mapping[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    content = source.read_json(name)
+    if content is not None and not isinstance(content, Mapping):
+        raise SourceError("expected a JSON object", where=name)
+    return content

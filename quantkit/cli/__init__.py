@@ -1,0 +1,89 @@
+"""The command line: one file per command, imported when it is called."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from types import FrameType
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+# command -> (module, attribute, one line for --help); imports wait until a command is called
+_COMMANDS = {
+    "convert": ("convert", "convert_command", "Convert a checkpoint into GGUF shards."),
+    "plan": ("plan", "plan_command", "Show what a conversion would write, from metadata alone."),
+    "inspect": ("inspect", "inspect_command", "List the metadata and tensors of a GGUF file."),
+    "verify": ("verify", "verify_command", "Check a GGUF file or shard set, byte by byte."),
+    "recipes": ("recipes", "recipes_command", "List the recipes that come with quantkit."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"quantkit.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quantkit")
+def cli() -> None:
+    """Stream large safetensors checkpoints into GGUF shards for llama.cpp.
+
+    \b
+    quantkit plan MODEL --recipe q4_x               what it will be, and how big
+    quantkit convert MODEL --recipe q4_x -o out/    make it; run again to continue
+    quantkit verify out/MODEL-Q4_X.gguf             check what was written
+
+    Exit codes: 0 done, 2 wrong use, 3 damaged source, 4 unsupported model, 5 cannot write,
+    6 damaged GGUF, 7 NaN or infinity in the weights, 130/143 interrupted.
+    """
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception so that files and threads are left in order."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main() -> None:
+    """Entry point: every failure is one message and a documented exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _interrupted(130)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except QuantkitError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = _interrupted(130)
+    except _Terminated:
+        code = _interrupted(143)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(code: int) -> int:
+    click.echo("interrupted; run the same command again to continue", err=True)
+    return code

@@ -1,0 +1,157 @@
+"""`quantkit plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from quantkit.cli.options import job_options, mmproj_type
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quantkit.pipeline import Planned
+    from quantkit.types import Plan
+
+
+@click.command("plan")
+@job_options
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
+def plan_command(
+    model: Path,
+    recipe: str,
+    name: str | None,
+    mmproj: str,
+    max_shard_size: int,
+    max_shard_tensors: int | None,
+    tensors: bool,
+    as_json: bool,
+) -> None:
+    """Show what converting MODEL would write: types by role, files, sizes.
+
+    Reads headers and metadata only, no weights.
+    """
+    from quantkit.pipeline import Job, planned  # noqa: PLC0415
+    from quantkit.plan import report  # noqa: PLC0415
+    from quantkit.plan.build import Limits  # noqa: PLC0415
+    from quantkit.run.events import Silent  # noqa: PLC0415
+
+    limits = Limits(max_shard_size, max_shard_tensors)
+    with planned(Job(model, recipe, limits, name, mmproj_type(mmproj)), Silent()) as (_, decided):
+        if as_json:
+            files = [report.as_json(plan) for plan in decided.plans]
+            advice = [{"flag": item.flag, "reason": item.reason} for item in decided.advice]
+            data = {"files": files, "advice": advice, "ignored": decided.ignored}
+            click.echo(json.dumps(data, indent=1))
+            return
+        _show(decided, with_tensors=tensors)
+
+
+def _show(decided: Planned, *, with_tensors: bool) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
+
+    from quantkit.arch.vision import PREFIXES as VISION  # noqa: PLC0415
+    from quantkit.plan.report import substitutions  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    for plan in reversed(decided.plans):
+        _show_roles(console, plan)
+        _show_shards(console, plan)
+        if with_tensors:
+            _show_tensors(console, plan)
+    text = decided.plans[-1]
+    _show_work(console, decided)
+    notes = list(substitutions(text))
+    reasons: dict[str, int] = {}
+    for name, reason in decided.ignored.items():
+        if len(decided.plans) > 1 and name.startswith(VISION):
+            continue
+        reasons[reason] = reasons.get(reason, 0) + 1
+    notes += [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
+    notes += [f"run with {item.flag}: {item.reason}" for item in decided.advice]
+    for note in notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _show_roles(console: Console, plan: Plan) -> None:
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from quantkit.plan.report import by_role  # noqa: PLC0415
+
+    title = f"{escape(plan.stem)}  ({plan.arch}, {plan.n_weights / 1e9:,.3f} B weights)"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("role", "total")
+    table.add_column("types", f"{plan.bpw:.3f} bpw")
+    table.add_column("tensors", f"{len(plan.tensors):,}", justify="right")
+    table.add_column("weights", f"{plan.n_weights:,}", justify="right")
+    n_bytes = sum(tensor.n_bytes for tensor in plan.tensors)
+    table.add_column("bytes", f"{n_bytes:,}", justify="right")
+    table.add_column("share", "", justify="right")
+    for line in by_role(plan):
+        table.add_row(
+            line.role,
+            ", ".join(f"{name}" for name in sorted(line.types)),
+            f"{line.n_tensors:,}",
+            f"{line.n_weights:,}",
+            f"{line.n_bytes:,}",
+            f"{line.n_bytes / max(1, n_bytes):.1%}",
+        )
+    console.print(table)
+
+
+def _show_shards(console: Console, plan: Plan) -> None:
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from quantkit.plan.report import tensors_per_shard  # noqa: PLC0415
+    from quantkit.run.events import files  # noqa: PLC0415
+
+    table = Table(show_footer=True)
+    table.add_column("file", files(len(plan.shards)))
+    table.add_column("tensors", f"{len(plan.tensors):,}", justify="right")
+    table.add_column("bytes", f"{plan.n_bytes:,}", justify="right")
+    for shard, count in zip(plan.shards, tensors_per_shard(plan), strict=True):
+        table.add_row(escape(shard.file), f"{count:,}", f"{shard.n_bytes:,}")
+    console.print(table)
+
+
+def _show_tensors(console: Console, plan: Plan) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table()
+    for heading, justify in (("tensor", "left"), ("shape (ne)", "left"), ("type", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("file", "offset", "bytes"):
+        table.add_column(heading, justify="right")
+    for tensor in plan.tensors:
+        table.add_row(
+            tensor.spec.name,
+            " x ".join(str(n) for n in reversed(tensor.spec.shape)),
+            tensor.type.name,
+            str(tensor.shard + 1),
+            f"{tensor.begin:,}",
+            f"{tensor.n_bytes:,}",
+        )
+    console.print(table)
+
+
+def _show_work(console: Console, decided: Planned) -> None:
+    from quantkit.plan.report import work  # noqa: PLC0415
+    from quantkit.run.events import size  # noqa: PLC0415
+
+    total: dict[str, int] = {}
+    for plan in decided.plans:
+        for key, amount in work(plan).items():
+            total[key] = total.get(key, 0) + amount
+    console.print(
+        f"work: read {size(total['read_bytes'])}, write {size(total['write_bytes'])}; "
+        f"{total['repack_weights'] / 1e6:,.1f} M weights are copied bit by bit, "
+        f"{total['encode_weights'] / 1e6:,.1f} M encoded",
+        soft_wrap=True,
+    )

@@ -1,0 +1,1 @@
+"""The GGUF format itself: values, layout, and a reader that trusts nothing."""

@@ -1,0 +1,1 @@
+"""Everything that metadata alone decides: types, shards, offsets, work."""

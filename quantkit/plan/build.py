@@ -1,0 +1,152 @@
+"""From a described model and a recipe to the plan: a pure function of metadata."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from quantkit.container.layout import LaidTensorIn, ShardLayout, lay_out
+from quantkit.errors import RecipeError
+from quantkit.plan.fallback import fitting_type
+from quantkit.plan.tiles import slab_rows, tile_rows
+from quantkit.recipe import Recipe
+from quantkit.types import (
+    GgmlType,
+    Kv,
+    Plan,
+    PlannedShard,
+    PlannedTensor,
+    SlabOp,
+    TensorSpec,
+    WeightFormat,
+)
+
+# The Hub refuses files of 50 GB and more.
+MAX_SHARD_BYTES = 49_000_000_000
+
+# ggml type -> llama.cpp's general.file_type of a file that is mostly that type
+_FILE_TYPES = {
+    GgmlType.F32: 0, GgmlType.F16: 1, GgmlType.Q4_0: 2, GgmlType.Q4_1: 3, GgmlType.Q8_0: 7,
+    GgmlType.Q5_0: 8, GgmlType.Q5_1: 9, GgmlType.Q2_K: 10, GgmlType.Q3_K: 12, GgmlType.Q4_K: 15,
+    GgmlType.Q5_K: 17, GgmlType.Q6_K: 18, GgmlType.IQ2_XXS: 19, GgmlType.IQ2_XS: 20,
+    GgmlType.IQ3_XXS: 23, GgmlType.IQ1_S: 24, GgmlType.IQ4_NL: 25, GgmlType.IQ3_S: 26,
+    GgmlType.IQ2_S: 28, GgmlType.IQ4_XS: 30, GgmlType.IQ1_M: 31, GgmlType.BF16: 32,
+    GgmlType.TQ1_0: 36, GgmlType.TQ2_0: 37, GgmlType.MXFP4: 38, GgmlType.NVFP4: 39,
+    GgmlType.Q1_0: 40, GgmlType.Q2_0: 41,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How the output is cut into files."""
+
+    max_shard_bytes: int | None = MAX_SHARD_BYTES
+    max_shard_tensors: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    spec: TensorSpec
+    wanted: GgmlType
+    type: GgmlType
+    repack: bool
+
+
+class TypeChooser:
+    """Chooses types by recipe, role and shape; knows which types can be encoded."""
+
+    def __init__(self, recipe: Recipe, n_layers: int, encodable: Collection[GgmlType]) -> None:
+        missing = sorted(t.name for t in recipe.types() if t not in encodable)
+        if missing:
+            raise RecipeError(
+                f"types that cannot be encoded: {', '.join(missing)}",
+                where=f"recipe {recipe.name}",
+                hint=f"choose from {', '.join(sorted(t.name for t in encodable))}",
+            )
+        self._recipe = recipe
+        self._n_layers = n_layers
+
+    def choose(self, spec: TensorSpec) -> _Choice:
+        """Type of one tensor."""
+        if spec.keep is not None:
+            return _Choice(spec, spec.keep, spec.keep, repack=False)
+        wanted = self._recipe.type_of(spec, self._n_layers)
+        type_ = fitting_type(wanted, spec.grid[1])
+        return _Choice(spec, wanted, type_, repack=_can_repack(spec, type_))
+
+
+def build_plan(
+    specs: tuple[TensorSpec, ...],
+    chooser: TypeChooser,
+    kvs: Mapping[str, Kv],
+    *,
+    stem: str,
+    arch: str,
+    recipe_name: str,
+    source_fingerprint: str,
+    limits: Limits,
+) -> Plan:
+    """Types, tiles, shards and absolute offsets of every tensor."""
+    choices = [chooser.choose(spec) for spec in specs]
+    shards = lay_out(
+        stem,
+        kvs,
+        [LaidTensorIn(c.spec.name, c.spec.shape, c.type) for c in choices],
+        max_shard_bytes=limits.max_shard_bytes,
+        max_shard_tensors=limits.max_shard_tensors,
+    )
+    tensors = _place(choices, shards)
+    digest = hashlib.sha256(source_fingerprint.encode())
+    for shard in shards:
+        digest.update(hashlib.sha256(shard.header).digest())
+    for tensor in tensors:
+        digest.update(f"{tensor.tile_rows},{tensor.repack};".encode())
+    return Plan(
+        stem,
+        arch,
+        recipe_name,
+        tensors,
+        tuple(PlannedShard(s.file_name, s.n_bytes, s.header) for s in shards),
+        kvs,
+        digest.hexdigest(),
+    )
+
+
+def file_type(specs: tuple[TensorSpec, ...], chooser: TypeChooser) -> int:
+    """`general.file_type`: the type that most weights have."""
+    weights: Counter[GgmlType] = Counter()
+    for spec in specs:
+        weights[chooser.choose(spec).type] += spec.n_weights
+    return _FILE_TYPES[max(weights, key=lambda t: (weights[t], -t))]
+
+
+def _place(choices: list[_Choice], shards: tuple[ShardLayout, ...]) -> tuple[PlannedTensor, ...]:
+    by_name = {c.spec.name: c for c in choices}
+    tensors = []
+    for number, shard in enumerate(shards):
+        for place in shard.tensors:
+            choice = by_name[place.name]
+            tensors.append(
+                PlannedTensor(
+                    choice.spec,
+                    choice.type,
+                    choice.wanted,
+                    choice.repack,
+                    number,
+                    place.begin,
+                    place.n_bytes,
+                    slab_rows(choice.spec),
+                    tile_rows(choice.spec),
+                )
+            )
+    return tuple(tensors)
+
+
+def _can_repack(spec: TensorSpec, type_: GgmlType) -> bool:
+    """INT4 in groups of 32 and Q4_0 have the same levels; scales are checked when they are read."""
+    return type_ is GgmlType.Q4_0 and all(
+        slab.weight.format is WeightFormat.INT4_G32 and slab.op is SlabOp.COPY
+        for slab in spec.slabs
+    )

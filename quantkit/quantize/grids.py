@@ -1,0 +1,31 @@
+"""Codebooks of the i-quants, as the `gguf` package holds them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from gguf import quants
+
+
+@cache
+def grid(type_name: str) -> npt.NDArray[np.float32]:
+    """Codebook of an IQ1, IQ2 or IQ3 type, f32[entries, weights per entry], read-only.
+
+    The values are the levels that decoders multiply by the scale: 8, 25, 43 for IQ2, up to 62
+    for IQ3_XXS, up to 15 for IQ3_S and -1, 0, 1 for IQ1.
+    """
+    codec = getattr(quants, type_name)
+    codec.init_grid()
+    points: npt.NDArray[np.float32] = codec.grid.reshape(codec.grid_shape).astype(np.float32)
+    points.setflags(write=False)
+    return points
+
+
+@cache
+def lanes(type_name: str) -> npt.NDArray[np.float32]:
+    """`grid` transposed and flat: level j of entry n lies at `j * entries + n`."""
+    flat = np.ascontiguousarray(grid(type_name).T).ravel()
+    flat.setflags(write=False)
+    return flat

@@ -1,0 +1,74 @@
+"""What every kernel shares: the one way to compile, f16 conversion, and the choice of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Ids of `Weighting` for the inside of kernels.
+IMPORTANCE = 0
+GGML = 1
+
+
+def kernel(function: F) -> F:
+    """Compile a kernel: cached on disk, without the GIL, IEEE semantics kept.
+
+    No fastmath: it would reorder sums, so that bytes depend on the machine, and drop NaN checks.
+    """
+    return nb.njit(cache=True, nogil=True, fastmath=False, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def f16_bits(typingctx: Any, value: Any) -> Any:
+    """f32 -> bits of the nearest f16 as uint16, ties to even (the F16C instruction)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return nb.uint16(nb.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def f16_value(typingctx: Any, bits: Any) -> Any:
+    """Bits of an f16 (uint16) -> f32, exact."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return nb.float32(nb.uint16), codegen
+
+
+@kernel
+def block_weights(
+    x: np.ndarray,
+    importance: np.ndarray,
+    weighting: int,
+    c: float,
+    mean_square: float,
+    w: np.ndarray,
+) -> None:
+    """Fill `w` f32[n] with the error weights of `x` f32[n].
+
+    IMPORTANCE: w_i = q_i (the imatrix's mean square; ones where there is none).
+    GGML: w_i = q_i * sqrt(c * mean_square + x_i^2), llama.cpp's empirical form; `c` and the span
+    of `mean_square` differ by type.
+    """
+    if weighting == GGML:
+        floor = np.float32(c * mean_square)
+        for i in range(x.size):
+            w[i] = importance[i] * np.sqrt(floor + x[i] * x[i])
+    else:
+        for i in range(x.size):
+            w[i] = importance[i]
+
+
+def helper(function: F) -> F:
+    """Compile a function that only kernels call: it becomes part of their cached code."""
+    return nb.njit(nogil=True, fastmath=False, error_model="numpy")(function)  # type: ignore[no-any-return]

@@ -1,0 +1,263 @@
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: blocks of 32 with scales of their own.
+
+Byte layouts (low nibbles and low bits are the first elements):
+Q4_0 `d:f16 qs[16]`, Q5_0 `d:f16 qh:u32 qs[16]`, x = d (code - 8) and d (code - 16);
+Q4_1 `d:f16 m:f16 qs[16]`, Q5_1 `d:f16 m:f16 qh:u32 qs[16]`, x = d code + m;
+Q8_0 `d:f16 int8[32]`, x = d code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
+from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._simd import (
+    as_i32,
+    lane,
+    load8,
+    mask_bits,
+    maximum,
+    minimum,
+    rint,
+    splat8,
+    store,
+)
+from quantkit.quantize.kernels._tile import (
+    LANES,
+    codes,
+    fit_affine,
+    ggml_weights,
+    normalise,
+    polish_affine,
+    put_f16,
+    reciprocal,
+    root_mean_square,
+    scale_fitter,
+    transpose,
+    weight_tiles,
+)
+from quantkit.types import GgmlType
+
+SIZE = 32
+
+
+@helper
+def _nearest(t: Any, low: Any, high: Any) -> Any:
+    return maximum(minimum(rint(t), high), low)
+
+
+_fit_scale = scale_fitter(_nearest)
+
+
+@helper
+def _put_codes(out: np.ndarray, at: int, row: np.ndarray, begin: int, form: Any) -> None:
+    """Codes clamp(rint((x - m) / d) + offset, 0, top) of a block; fifth bits before nibbles."""
+    d, m, offset, top = form
+    inv = reciprocal(d)
+    wide = top > 15
+    nibbles = at + 4 if wide else at
+    for half in range(2):
+        low = codes(load8(row, begin + 8 * half), m, inv, offset, top)
+        high = codes(load8(row, begin + 8 * half + 16), m, inv, offset, top)
+        if wide:
+            out[at + half] = mask_bits(low > 15)
+            out[at + half + 2] = mask_bits(high > 15)
+        store(out, nibbles + 8 * half, (low & 15) | ((high & 15) << 4))
+
+
+@helper
+def _put_bytes(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) -> None:
+    inv = reciprocal(d)
+    for i in range(0, SIZE, 8):
+        q = rint(load8(row, begin + i) * inv)
+        store(out, at + i, as_i32(maximum(minimum(q, np.float32(127.0)), np.float32(-127.0))))
+
+
+@kernel
+def _encode_scaled(
+    x: np.ndarray,
+    importance: np.ndarray,
+    ggml: bool,
+    bounds: Any,
+    search: Any,
+    out: np.ndarray,
+) -> None:
+    """Q4_0, Q5_0, Q8_0: x = d q with q in bounds = (low, high); `search` is (ks, refits)."""
+    low, high = bounds
+    blocks = x.shape[1] // SIZE
+    block_bytes = out.shape[1] // blocks
+    weights = weight_tiles(importance, SIZE, SIZE)
+    tile = np.empty(LANES * SIZE, np.float32)
+    scratch = np.empty(LANES * SIZE, np.float32)
+    for r in range(x.shape[0]):
+        rms = root_mean_square(x[r]) if ggml else np.float32(0.0)
+        for first in range(0, blocks, LANES):
+            count = min(LANES, blocks - first)
+            transpose(x[r], first * SIZE, count, SIZE, tile, 0)
+            peak, up = normalise(tile, SIZE)
+            w = weights[first * SIZE : (first + LANES) * SIZE]
+            if ggml:
+                ggml_weights(tile, w, SIZE, rms / up, scratch)
+                w = scratch
+            d = up * _fit_scale(
+                tile, w, SIZE, (splat8(low), splat8(high)), (peak, up), search
+            )
+            for b in range(count):
+                at = (first + b) * block_bytes
+                begin = (first + b) * SIZE
+                put_f16(out[r], at, lane(d, b))
+                if high > 100.0:
+                    _put_bytes(out[r], at + 2, x[r], begin, lane(d, b))
+                else:
+                    form = (lane(d, b), np.float32(0.0), -low, high - low)
+                    _put_codes(out[r], at + 2, x[r], begin, form)
+
+
+@kernel
+def _encode_affine(
+    x: np.ndarray,
+    importance: np.ndarray,
+    ggml: bool,
+    top: Any,
+    search: Any,
+    out: np.ndarray,
+) -> None:
+    """Q4_1 and Q5_1: x = d q + m with q in 0..top; `search` is (tries, refits)."""
+    tries, refits = search
+    blocks = x.shape[1] // SIZE
+    block_bytes = out.shape[1] // blocks
+    weights = weight_tiles(importance, SIZE, SIZE)
+    tile = np.empty(LANES * SIZE, np.float32)
+    scratch = np.empty(LANES * SIZE, np.float32)
+    for r in range(x.shape[0]):
+        rms = root_mean_square(x[r]) if ggml else np.float32(0.0)
+        for first in range(0, blocks, LANES):
+            count = min(LANES, blocks - first)
+            transpose(x[r], first * SIZE, count, SIZE, tile, 0)
+            _, up = normalise(tile, SIZE)
+            w = weights[first * SIZE : (first + LANES) * SIZE]
+            if ggml:
+                ggml_weights(tile, w, SIZE, rms / up, scratch)
+                w = scratch
+            start = fit_affine(tile, w, SIZE, top, tries, False)
+            d, m = polish_affine(tile, w, SIZE, top, start, up, refits)
+            d = d * up
+            m = m * up
+            for b in range(count):
+                at = (first + b) * block_bytes
+                put_f16(out[r], at, lane(d, b))
+                put_f16(out[r], at + 2, lane(m, b))
+                form = (lane(d, b), lane(m, b), np.float32(0.0), top)
+                _put_codes(out[r], at + 4, x[r], (first + b) * SIZE, form)
+
+
+def _both_signs(*ks: float) -> np.ndarray:
+    return np.array([*ks, *(-k for k in ks)], np.float32)
+
+
+def _scan(low: float, high: float, n: int) -> np.ndarray:
+    return np.linspace(low, high, n).astype(np.float32)
+
+
+def _affine_tries(steps: np.ndarray, cuts: int, whole: range) -> np.ndarray:
+    shares = np.linspace(0, 1, cuts)
+    tries = [(k, 0.0) for k in whole] + [(k, a) for k in steps for a in shares]
+    return np.array(tries, np.float32)
+
+
+# Steps from zero to the peak, both signs, then rounds of polish. The whole numbers are there for
+# weights that already lie on a lattice: 5..8 holds a multiple of every number of steps up to 8.
+_KS4: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_both_signs(7, 8, 8.5, 9.5), 1),
+    "default": (_both_signs(5, 6, 6.5, 7, 7.4, 7.8, 8, 8.3, 8.7, 9.2, 10, 11.5), 3),
+    "best": (_both_signs(5, 6, *_scan(6.5, 7.5, 11), *_scan(7.6, 16, 43)), 4),
+}
+_KS5: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_both_signs(15, 16, 16.5, 17), 1),
+    "default": (_both_signs(*range(9, 15), *_scan(14, 21, 15)), 3),
+    "best": (_both_signs(*range(9, 14), *_scan(14, 26, 97)), 4),
+}
+_KS8: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_scan(127, 127, 1), 1),
+    "default": (_scan(124, 127, 7), 2),
+    "best": (_scan(116, 127, 45), 3),
+}
+_TRIES4: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_affine_tries(_scan(15, 18, 5), 3, range(14, 15)), 2),
+    "default": (_affine_tries(_scan(14, 21, 13), 5, range(8, 16)), 3),
+    "best": (_affine_tries(_scan(13.5, 21, 61), 9, range(8, 16)), 3),
+}
+_TRIES5: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_affine_tries(_scan(29, 33.5, 7), 3, range(31, 32)), 2),
+    "default": (_affine_tries(_scan(28.5, 37.5, 25), 3, range(16, 32)), 3),
+    "best": (_affine_tries(_scan(28, 42, 61), 9, range(16, 32)), 3),
+}
+
+
+def _weights(x: Tile, importance: Importance | None) -> Importance:
+    return np.ones(x.shape[1], np.float32) if importance is None else importance
+
+
+def _scaled(
+    type_: GgmlType, low: int, high: int, searches: dict[Effort, tuple[np.ndarray, int]]
+) -> Codec:
+    bounds = (np.float32(low), np.float32(high))
+
+    def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
+        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        # llama.cpp has no weighting of its own for Q8_0.
+        ggml = how.weighting == "ggml" and type_ is not GgmlType.Q8_0
+        _encode_scaled(x, _weights(x, importance), ggml, bounds, searches[how.effort], out)
+        return out
+
+    def decode(blocks: Blocks) -> Tile:
+        b = blocks.reshape(-1, type_.block_bytes)
+        if type_ is GgmlType.Q8_0:
+            q = b[:, 2:].view(np.int8).astype(np.float32)
+        else:
+            q = _read_codes(b[:, 2:], high > 7) + np.float32(low)
+        return (_read_f16(b, 0) * q).reshape(len(blocks), -1)
+
+    return Codec(type_, encode, decode)
+
+
+def _affine(
+    type_: GgmlType, top: int, searches: dict[Effort, tuple[np.ndarray, int]]
+) -> Codec:
+    def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
+        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        ggml = how.weighting == "ggml"
+        search = searches[how.effort]
+        _encode_affine(x, _weights(x, importance), ggml, np.float32(top), search, out)
+        return out
+
+    def decode(blocks: Blocks) -> Tile:
+        b = blocks.reshape(-1, type_.block_bytes)
+        q = _read_codes(b[:, 4:], top > 15)
+        return (q * _read_f16(b, 0) + _read_f16(b, 2)).reshape(len(blocks), -1)
+
+    return Codec(type_, encode, decode)
+
+
+def _read_f16(b: np.ndarray, at: int) -> np.ndarray:
+    return np.ascontiguousarray(b[:, at : at + 2]).view(np.float16).astype(np.float32)
+
+
+def _read_codes(b: np.ndarray, fifth_bits: bool) -> np.ndarray:
+    nibbles = b[:, 4:] if fifth_bits else b
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
+    if fifth_bits:
+        codes |= np.unpackbits(b[:, :4], axis=1, bitorder="little") << 4
+    return codes.astype(np.float32)
+
+
+CODECS = (
+    _scaled(GgmlType.Q4_0, -8, 7, _KS4),
+    _scaled(GgmlType.Q5_0, -16, 15, _KS5),
+    _scaled(GgmlType.Q8_0, -127, 127, _KS8),
+    _affine(GgmlType.Q4_1, 15, _TRIES4),
+    _affine(GgmlType.Q5_1, 31, _TRIES5),
+)

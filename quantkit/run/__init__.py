@@ -1,0 +1,1 @@
+"""How work survives: files, journal, threads, events. Knows nothing of quantisation."""

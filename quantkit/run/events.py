@@ -1,0 +1,56 @@
+"""What a run tells while it works. The command line's bar, lines and JSON are views of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: 383.42 GB, 18.2 MB, 512 bytes."""
+    for unit, scale, digits in (("TB", 1e12, 3), ("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:,.{digits}f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def files(count: int) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count:,} file" + ("s" if count != 1 else "")
+
+
+class Reporter(Protocol):
+    """Listens to a run. Calls come from the thread that runs the pipeline."""
+
+    def stage(self, name: str, detail: str) -> None:
+        """A stage is finished; one line of what came of it."""
+
+    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
+        """Long work starts: `n_bytes` in all, of which `n_done` were done before."""
+
+    def advance(self, n_bytes: int) -> None:
+        """Some of it is done."""
+
+    def end(self) -> None:
+        """The long work is over, well or badly."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, name: str, detail: str) -> None:
+        """See `Reporter`."""
+
+    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
+        """See `Reporter`."""
+
+    def advance(self, n_bytes: int) -> None:
+        """See `Reporter`."""
+
+    def end(self) -> None:
+        """See `Reporter`."""
+
+    def warn(self, text: str) -> None:
+        """See `Reporter`."""

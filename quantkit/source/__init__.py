@@ -1,0 +1,1 @@
+"""Where weights come from: safetensors checkpoints and their packed formats."""

@@ -1,0 +1,157 @@
+"""A checkpoint as one object: its config, what tensors it holds, and their bytes on demand."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from quantkit.errors import SourceError
+from quantkit.source.files import Bytes, ShardFiles
+from quantkit.source.folder import Folder
+from quantkit.source.header import parse_header, read_header
+from quantkit.source.index import add_tensors, check_against_index, find_shards
+from quantkit.source.packed import group_weights
+from quantkit.types import TensorRef, Weight
+
+CONFIG_NAME = "config.json"
+MAX_JSON_BYTES = 4 * 2**20
+
+
+class Checkpoint:
+    """An open checkpoint; reading it is safe from any thread. Made by `open_checkpoint`.
+
+    `tensors` is everything that is stored, `weights` what it means: see `group_weights`.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        files: ShardFiles,
+        config: dict[str, Any],
+        tensors: dict[str, TensorRef],
+        fingerprint: str,
+    ) -> None:
+        self.root: Path = folder.root
+        self.config = config
+        self.tensors = tensors
+        self.weights: dict[str, Weight] = group_weights(tensors, config)
+        self.shapes_checked: set[str] = set()  # weights whose stored shape has been read
+        self._folder = folder
+        self._files = files
+        self._fingerprint = fingerprint
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all shards together."""
+        return self._files.n_bytes
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the config, the headers and each shard's name, size and time.
+
+        Two runs with the same fingerprint read the same weights, short of someone forging times.
+        """
+        return self._fingerprint
+
+    def pread(self, ref: TensorRef, offset: int, n_bytes: int) -> Bytes:
+        """Bytes `offset .. offset + n_bytes` of a tensor, as u8[n_bytes] of the caller's own.
+
+        Raises `SourceError` if the file has changed or cannot be read.
+        """
+        if offset < 0 or n_bytes < 0 or offset + n_bytes > ref.n_bytes:
+            raise ValueError(f"{n_bytes} bytes at {offset} of {ref.name}, which has {ref.n_bytes}")
+        return self._files.read(ref.file, ref.begin + offset, n_bytes)
+
+    def read_bytes(self, name: str, max_bytes: int) -> bytes | None:
+        """A side file of the folder; None if there is none, `SourceError` above `max_bytes`."""
+        return self._folder.read_bytes(name, max_bytes)
+
+    def read_text(self, name: str, max_bytes: int) -> str | None:
+        """A UTF-8 side file with its line ends as they are; None if there is none."""
+        raw = self.read_bytes(name, max_bytes)
+        try:
+            return None if raw is None else raw.decode()
+        except UnicodeDecodeError as error:
+            where = str(self.root / name)
+            raise SourceError(f"not UTF-8 at byte {error.start}", where=where) from None
+
+    def read_json(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+        """A side file that holds a JSON object; None if there is none."""
+        return self._folder.read_json(name, max_bytes)
+
+    def close(self) -> None:
+        """Close the shards. What has been read stays valid."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a folder of safetensors shards with a config.json, reading headers only.
+
+    Raises `SourceError` if the files contradict each other or the index, `UnsupportedError` for
+    pickles and for quantised formats that are not known.
+    """
+    folder = Folder(path)
+    config = folder.read_json(CONFIG_NAME, MAX_JSON_BYTES)
+    if config is None:
+        raise SourceError(
+            f"holds no {CONFIG_NAME}",
+            where=str(folder.root),
+            hint="name the folder that holds config.json and the model's shards",
+        )
+    files = ShardFiles(folder)
+    try:
+        with _collector_paused():
+            tensors, digests = _read_headers(folder, files)
+            digests[CONFIG_NAME] = hashlib.sha256(_canonical(config)).hexdigest()
+            fingerprint = hashlib.sha256(_canonical([digests, files.stamps])).hexdigest()
+            return Checkpoint(folder, files, config, tensors, fingerprint)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _read_headers(folder: Folder, files: ShardFiles) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """All tensors, and the SHA-256 of each shard's header."""
+    tensors: dict[str, TensorRef] = {}
+    digests: dict[str, str] = {}
+    for file, expected in find_shards(folder).items():
+        with files.use(file) as fd:
+            raw, n_file_bytes = read_header(fd, file)
+        refs = parse_header(raw, n_file_bytes, file)
+        if expected is not None:
+            check_against_index(file, refs, expected)
+        add_tensors(tensors, refs)
+        digests[file] = hashlib.sha256(raw).hexdigest()
+    return tensors, digests
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Hundreds of thousands of small objects, none of them garbage: passes double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

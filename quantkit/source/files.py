@@ -1,0 +1,146 @@
+"""Positional reads from many shards with few descriptors, safe from any thread.
+
+No memory map: a map of a file that shrinks under the reader kills the process with SIGBUS, and its
+resident pages cannot be told from the run's own memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.errors import SourceError
+from quantkit.source.folder import Folder
+
+Bytes = npt.NDArray[np.uint8]
+
+MAX_OPEN = 64
+_EIO_RETRIES = 3
+_EIO_PAUSE_S = 0.05  # doubled with every retry
+_CHANGED_HINT = "leave the checkpoint alone while it is converted, then run again"
+
+
+@dataclass(slots=True)
+class _Open:
+    fd: int
+    n_users: int = 0
+
+
+class ShardFiles:
+    """The shards of one folder. A file is held to the size and time it had when first opened."""
+
+    def __init__(self, folder: Folder, max_open: int = MAX_OPEN) -> None:
+        self.stamps: dict[str, tuple[int, int]] = {}  # file -> (bytes, mtime in ns)
+        self._folder = folder
+        self._max_open = max_open
+        self._open: OrderedDict[str, _Open] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def use(self, file: str) -> Iterator[int]:
+        """A descriptor of `file` that stays open inside the `with` block."""
+        with self._lock:
+            entry = self._entry(file)
+            entry.n_users += 1
+        try:
+            yield entry.fd
+        finally:
+            with self._lock:
+                entry.n_users -= 1
+                self._shrink()
+
+    def read(self, file: str, offset: int, n_bytes: int) -> Bytes:
+        """Bytes `offset .. offset + n_bytes` of `file`, in an array of their own.
+
+        Raises `SourceError` if the file is shorter, has changed since it was first opened, or
+        gives an I/O error four times in a row.
+        """
+        data = np.empty(n_bytes, np.uint8)
+        with self.use(file) as fd:
+            done = 0
+            while done < n_bytes:
+                n_read = _read_some(fd, data[done:], offset + done, file)
+                if n_read == 0:
+                    raise SourceError(
+                        f"ends at byte {offset + done:,}; {n_bytes - done:,} more are expected",
+                        where=file,
+                        hint=_CHANGED_HINT,
+                    )
+                done += n_read
+            self._check_unchanged(file, fd)
+            if self._drops_pages and n_bytes:
+                os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+        return data
+
+    def close(self) -> None:
+        """Close every descriptor that no thread is reading from; the rest follow their readers."""
+        with self._lock:
+            self._closed = True
+            self._shrink()
+
+    @cached_property
+    def _drops_pages(self) -> bool:
+        """Whether read pages are better given back: the model is larger than half the memory."""
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        n_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 2 * self.n_bytes > n_memory
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(size for size, _ in self.stamps.values())
+
+    def _entry(self, file: str) -> _Open:
+        if self._closed:
+            raise ValueError("the checkpoint is closed")
+        entry = self._open.get(file)
+        if entry is None:
+            entry = _Open(self._folder.open_shard(file))
+            self._open[file] = entry
+            info = os.fstat(entry.fd)
+            self.stamps.setdefault(file, (info.st_size, info.st_mtime_ns))
+        self._open.move_to_end(file)
+        return entry
+
+    def _shrink(self) -> None:
+        n_excess = len(self._open) - (0 if self._closed else self._max_open)
+        if n_excess > 0:
+            idle = [file for file, entry in self._open.items() if entry.n_users == 0]
+            for file in idle[:n_excess]:
+                os.close(self._open.pop(file).fd)
+
+    def _check_unchanged(self, file: str, fd: int) -> None:
+        info = os.fstat(fd)
+        if (info.st_size, info.st_mtime_ns) != self.stamps[file]:
+            raise SourceError(
+                "has changed since the checkpoint was opened", where=file, hint=_CHANGED_HINT
+            )
+
+
+def _read_some(fd: int, target: Bytes, offset: int, file: str) -> int:
+    """One positional read, tried again where the device reports a passing fault."""
+    n_failed = 0
+    while True:
+        try:
+            return os.preadv(fd, [target], offset)
+        except OSError as error:
+            if error.errno != errno.EIO or n_failed == _EIO_RETRIES:
+                raise SourceError(
+                    f"cannot be read at byte {offset:,}: {error.strerror}",
+                    where=file,
+                    hint="check the disk or the network file system, then run again",
+                ) from error
+        time.sleep(_EIO_PAUSE_S * 2**n_failed)
+        n_failed += 1

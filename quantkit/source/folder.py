@@ -1,0 +1,162 @@
+"""The folder of a checkpoint, an untrusted place: which names are opened, how much is read.
+
+Everything in here may come from a stranger's repository. Names that a file mentions must be plain
+names of this folder; only regular files are opened, so that a FIFO cannot hang a run nor a device
+be touched; every read has a cap.
+
+Links. The Hub's cache keeps a snapshot as links into `../../blobs`, so links must work. A link to a
+shard may lead anywhere: its target is either sound safetensors, which is what the user asked to
+convert, or refused without a byte of it being shown. The other files (chat template, tokenizer)
+are copied into what gets published, so a link that leads out of the folder and out of the cache
+would let a repository publish a file of the user's; it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import SourceError
+
+MAX_JSON_DEPTH = 64
+_MAX_NAME_BYTES = 255
+
+
+def check_name(name: object, *, where: str, suffix: str = "") -> str:
+    """`name` if it is a plain file name that cannot lead out of the folder, on any platform.
+
+    Refuses separators of either kind, colons (drive letters, streams), `.` and `..`, characters
+    that do not print (NUL, control, bidi), more than 255 bytes of UTF-8, and another `suffix`.
+    """
+    if not isinstance(name, str):
+        raise SourceError(f"a file name must be a string, got {type(name).__name__}", where=where)
+    plain = (
+        name.isprintable()
+        and not any(c in name for c in "/\\:")
+        and name not in ("", ".", "..")
+        and len(name.encode()) <= _MAX_NAME_BYTES
+    )
+    if not plain or not name.endswith(suffix) or name == suffix:
+        raise SourceError(
+            f"{name[:80]!r} is not a plain {suffix or 'file'} name inside the folder",
+            where=where,
+            hint="the checkpoint's index was not made by a sound tool; do not trust its files",
+        )
+    return name
+
+
+def parse_json(raw: bytes, *, where: str, unique: bool = False) -> Any:
+    """JSON from a stranger: UTF-8, at most 64 levels deep, keys not repeated where `unique`."""
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_refuse_repeats if unique else None)
+    except RecursionError:
+        raise SourceError("JSON is nested too deeply", where=where) from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"not UTF-8 at byte {error.start}", where=where) from None
+    except ValueError as error:
+        raise SourceError(f"not sound JSON: {str(error)[:200]}", where=where) from None
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return value
+    raise SourceError(f"JSON is nested deeper than {MAX_JSON_DEPTH} levels", where=where)
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:200]!r} occurs twice")
+    return members
+
+
+def _children(node: Any) -> list[Any]:
+    """Containers directly inside a JSON value."""
+    if isinstance(node, dict):
+        node = node.values()
+    elif not isinstance(node, list):
+        return []
+    return [child for child in node if isinstance(child, (dict, list))]
+
+
+class Folder:
+    """Confined access to the files directly inside one folder."""
+
+    def __init__(self, path: Path) -> None:
+        if path.is_file():
+            raise SourceError(
+                "is a file",
+                where=str(path),
+                hint="name the checkpoint's folder, the one that holds config.json",
+            )
+        if not path.is_dir():
+            raise SourceError("no such folder", where=str(path))
+        self.root = path.resolve()
+
+    def names(self) -> list[str]:
+        """Names of everything in the folder, sorted."""
+        return sorted(os.listdir(self.root))  # noqa: PTH208  (names, not paths)
+
+    def open_shard(self, name: str) -> int:
+        """A read-only descriptor of a safetensors file; the caller closes it."""
+        return self._open(check_name(name, where=str(self.root), suffix=".safetensors"))
+
+    def read_bytes(self, name: str, max_bytes: int) -> bytes | None:
+        """All of a small file; None if there is none; `SourceError` above `max_bytes`."""
+        where = str(self.root / check_name(name, where=str(self.root)))
+        if not os.path.lexists(where):
+            return None
+        self._check_link(name)
+        fd = self._open(name)
+        with os.fdopen(fd, "rb") as file:
+            raw = file.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            raise SourceError(f"is larger than the {max_bytes:,} bytes allowed", where=where)
+        return raw
+
+    def read_json(
+        self, name: str, max_bytes: int, *, unique: bool = False
+    ) -> dict[str, Any] | None:
+        """A JSON object from a small file; None if there is none."""
+        raw = self.read_bytes(name, max_bytes)
+        if raw is None:
+            return None
+        where = str(self.root / name)
+        value = parse_json(raw, where=where, unique=unique)
+        if not isinstance(value, dict):
+            raise SourceError(f"a JSON object is expected, got {type(value).__name__}", where=where)
+        return value
+
+    def _check_link(self, name: str) -> None:
+        path = self.root / name
+        if not path.is_symlink():
+            return
+        allowed = [self.root]
+        if self.root.parent.name == "snapshots":
+            allowed.append(self.root.parent.parent / "blobs")
+        if path.resolve().parent not in allowed:
+            raise SourceError(
+                "is a link that leads out of the checkpoint",
+                where=str(path),
+                hint="replace the link by a copy of the file if you trust it",
+            )
+
+    def _open(self, name: str) -> int:
+        path = self.root / name
+        try:
+            # Looked at before opening: opening a device can already have an effect.
+            mode = path.stat().st_mode
+            if stat.S_ISREG(mode):
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    return fd
+                os.close(fd)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SourceError(f"cannot be opened: {reason}", where=str(path)) from error
+        raise SourceError("is not a regular file", where=str(path))

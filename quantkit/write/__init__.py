@@ -1,0 +1,1 @@
+"""Blocks into GGUF shards that are right or absent."""
