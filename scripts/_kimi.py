@@ -330,21 +330,14 @@ def _parts(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def write_aux_files(folder: Path, model_config: dict[str, Any]) -> None:
     """Write configuration, tokenizer, chat template and processor files."""
     text = model_config["text_config"]
-    first = text["vocab_size"] - N_SPECIAL
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model_config)
     generation = {
         "max_length": text["max_position_embeddings"],
-        "eos_token_id": first + SPECIALS["<|im_end|>"],
+        "eos_token_id": text["vocab_size"] - N_SPECIAL + SPECIALS["<|im_end|>"],
     }
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    lines = [
-        base64.b64encode(token) + f" {rank}\n".encode()
-        for rank, token in enumerate(mergeable_ranks(first))
-    ]
-    (folder / "tiktoken.model").write_bytes(b"".join(lines))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(first))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_tokenizer_files(folder, text["vocab_size"])
     media = {
         "in_patch_limit": 16384,
         "patch_size": 14,
@@ -356,6 +349,18 @@ def write_aux_files(folder: Path, model_config: dict[str, Any]) -> None:
         "in_patch_limit_each_frame": 4096,
     }
     write_json(folder / "preprocessor_config.json", {"media_proc_cfg": media})
+
+
+def write_tokenizer_files(folder: Path, vocab_size: int) -> None:
+    """Write tiktoken.model, tokenizer_config.json and chat_template.jinja."""
+    first = vocab_size - N_SPECIAL
+    lines = [
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for rank, token in enumerate(mergeable_ranks(first))
+    ]
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(first))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _tokenizer_config(first: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import click
 from quantkit.container.names import escaped, shown
 from quantkit.container.reader import read_gguf
 from quantkit.container.shardset import ShardSet, survey
+from quantkit.run.events import size
 from quantkit.types import Kv, KvType
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _print_general(console: Console, shards: ShardSet, _full: bool) -> None:
     facts = _general(shards)
     files = facts.pop("files")
     facts["n_files"] = len(files)
-    facts["n_bytes"] = f"{facts['n_bytes']:,} ({_size(facts['n_bytes'])})"
+    facts["n_bytes"] = f"{facts['n_bytes']:,} ({size(facts['n_bytes'])})"
     facts["n_weights"] = f"{facts['n_weights']:,}"
     table = _table(("", "left"), ("", "left"))
     table.show_header = False
@@ -172,7 +173,7 @@ def _print_tensors(console: Console, shards: ShardSet, _full: bool) -> None:
     _fill(
         table,
         (
-            (shown(kind[0]), kind[1], str(n), _size(sizes[kind]), _bpw(sizes[kind], weights[kind]))
+            (shown(kind[0]), kind[1], str(n), size(sizes[kind]), _bpw(sizes[kind], weights[kind]))
             for kind, n in sorted(counts.items())
         ),
     )
@@ -215,10 +216,3 @@ def _ne(shape: tuple[int, ...]) -> str:
 
 def _bpw(n_bytes: int, n_weights: int) -> str:
     return f"{8 * n_bytes / n_weights:.3f}"
-
-
-def _size(n_bytes: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.2f} {unit}"
-    return f"{n_bytes} B"

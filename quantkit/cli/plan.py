@@ -83,23 +83,24 @@ def _show_roles(console: Console, plan: Plan) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     from quantkit.plan.report import by_role  # noqa: PLC0415
+    from quantkit.run.events import size, weights  # noqa: PLC0415
 
-    title = f"{escape(plan.stem)}  ({plan.arch}, {plan.n_weights / 1e9:,.3f} B weights)"
+    title = f"{escape(plan.stem)}  ({plan.arch}, {weights(plan.n_weights)} weights)"
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("role", "total")
+    table.add_column("role", "total", no_wrap=True)
     table.add_column("types", f"{plan.bpw:.3f} bpw")
     table.add_column("tensors", f"{len(plan.tensors):,}", justify="right")
-    table.add_column("weights", f"{plan.n_weights:,}", justify="right")
+    table.add_column("weights", weights(plan.n_weights), justify="right", no_wrap=True)
     n_bytes = sum(tensor.n_bytes for tensor in plan.tensors)
-    table.add_column("bytes", f"{n_bytes:,}", justify="right")
+    table.add_column("size", size(n_bytes), justify="right", no_wrap=True)
     table.add_column("share", "", justify="right")
     for line in by_role(plan):
         table.add_row(
             line.role,
             ", ".join(f"{name}" for name in sorted(line.types)),
             f"{line.n_tensors:,}",
-            f"{line.n_weights:,}",
-            f"{line.n_bytes:,}",
+            weights(line.n_weights),
+            size(line.n_bytes),
             f"{line.n_bytes / max(1, n_bytes):.1%}",
         )
     console.print(table)
@@ -143,7 +144,7 @@ def _show_tensors(console: Console, plan: Plan) -> None:
 
 def _show_work(console: Console, decided: Planned) -> None:
     from quantkit.plan.report import work  # noqa: PLC0415
-    from quantkit.run.events import size  # noqa: PLC0415
+    from quantkit.run.events import size, weights  # noqa: PLC0415
 
     total: dict[str, int] = {}
     for plan in decided.plans:
@@ -151,7 +152,7 @@ def _show_work(console: Console, decided: Planned) -> None:
             total[key] = total.get(key, 0) + amount
     console.print(
         f"work: read {size(total['read_bytes'])}, write {size(total['write_bytes'])}; "
-        f"{total['repack_weights'] / 1e6:,.1f} M weights are copied bit by bit, "
-        f"{total['encode_weights'] / 1e6:,.1f} M encoded",
+        f"{weights(total['repack_weights'])} weights are copied bit by bit, "
+        f"{weights(total['encode_weights'])} encoded",
         soft_wrap=True,
     )

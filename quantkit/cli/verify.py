@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from quantkit.cli.console import reporter
+from quantkit.cli.options import default_threads
+from quantkit.run.events import Silent, files, size
+
 if TYPE_CHECKING:
     from quantkit.write.verify import VerifyReport
 
@@ -20,14 +24,16 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--quick", is_flag=True, help="Compare sizes and headers, do not read the data.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--threads", default=2, show_default=True, type=click.IntRange(1, 256))
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=default_threads, help="Default: all cores."
+)
 def verify_command(file: Path, quick: bool, as_json: bool, threads: int) -> None:
     """Check the GGUF FILE and the shards that belong to it, against their manifest if there is one.
 
     Prints one problem a line. Exit code 0: sound; 6: damaged or inconsistent; 7: nothing damaged,
     but weights or scales hold NaN or infinity.
     """
-    report = _run(file, quick, threads)
+    report = _run(file, quick, as_json, threads)
     if as_json:
         click.echo(json.dumps(_as_json(report), indent=1))
     else:
@@ -37,23 +43,17 @@ def verify_command(file: Path, quick: bool, as_json: bool, threads: int) -> None
     sys.exit(report.exit_code)
 
 
-def _run(file: Path, quick: bool, threads: int) -> VerifyReport:
+def _run(file: Path, quick: bool, quiet: bool, threads: int) -> VerifyReport:
+    from quantkit.container.shardset import survey  # noqa: PLC0415
     from quantkit.write.verify import verify  # noqa: PLC0415
 
-    if quick or not sys.stderr.isatty():
-        return verify(file, deep=not quick, threads=threads)
-
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, DownloadColumn, Progress  # noqa: PLC0415
-
-    from quantkit.container.shardset import survey  # noqa: PLC0415
-
+    view = Silent() if quick or quiet else reporter(quiet=False, as_json=False)
     shards, _ = survey(file)
-    total = sum(tensor.n_bytes for _, tensor in shards.tensors())
-    columns = (BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("verify", total=total)
-        return verify(file, threads=threads, on_bytes=lambda n: progress.advance(bar, n))
+    view.begin("verify", sum(tensor.n_bytes for _, tensor in shards.tensors()), 0)
+    try:
+        return verify(file, deep=not quick, threads=threads, on_bytes=view.advance)
+    finally:
+        view.end()
 
 
 def _as_json(report: VerifyReport) -> dict[str, object]:
@@ -74,9 +74,10 @@ def _as_json(report: VerifyReport) -> dict[str, object]:
 
 def _summary(report: VerifyReport) -> str:
     shards = report.shards
-    seen = f"{len(shards.files)} files, {shards.n_tensors} tensors, {shards.n_bytes:,} bytes"
+    seen = f"{files(len(shards.files))}, {shards.n_tensors:,} tensors, {size(shards.n_bytes)}"
     if not report.ok:
-        return f"{len(report.problems)} problems in {seen}"
+        return f"{len(report.problems):,} problems in {seen}"
     if report.manifest is None:
-        return f"ok: {seen}; no manifest, so only structure and finiteness were checked"
+        depth = "structure and finiteness were" if report.deep else "structure was"
+        return f"ok: {seen}; no manifest, so only {depth} checked"
     return f"ok: {seen}; {'all digests' if report.deep else 'sizes and headers'} match"

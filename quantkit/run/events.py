@@ -13,6 +13,14 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
+def weights(count: int) -> str:
+    """Numbers of weights for people: 1.026 T, 21.4 M, 512."""
+    for unit, scale, digits in (("T", 1e12, 3), ("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 0)):
+        if count >= scale:
+            return f"{count / scale:,.{digits}f} {unit}"
+    return str(count)
+
+
 def files(count: int) -> str:
     """`1 file`, `2 files`."""
     return f"{count:,} file" + ("s" if count != 1 else "")

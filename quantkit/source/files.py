@@ -134,7 +134,7 @@ def _read_some(fd: int, target: Bytes, offset: int, file: str) -> int:
     n_failed = 0
     while True:
         try:
-            return os.preadv(fd, [target], offset)
+            return os.preadv(fd, [target.data], offset)
         except OSError as error:
             if error.errno != errno.EIO or n_failed == _EIO_RETRIES:
                 raise SourceError(

@@ -139,7 +139,7 @@ class Folder:
         allowed = [self.root]
         if self.root.parent.name == "snapshots":
             allowed.append(self.root.parent.parent / "blobs")
-        if path.resolve().parent not in allowed:
+        if Path(os.path.realpath(path)).parent not in allowed:
             raise SourceError(
                 "is a link that leads out of the checkpoint",
                 where=str(path),

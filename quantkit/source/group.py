@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 from quantkit.errors import SourceError, UnsupportedError
@@ -70,7 +69,7 @@ def group_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -
             continue
         elif ref.dtype == "F8_E4M3":
             weight = _fp8(ref, tensors, fp8_block_shape(config))
-        elif ref.dtype in _PLAIN and prod(ref.shape):
+        elif ref.dtype in _PLAIN and 0 not in ref.shape:
             weight = Weight(name, _PLAIN[ref.dtype], ref.shape, ref)
         else:
             _check_not_quantised(ref)
@@ -126,17 +125,22 @@ def _int4_fault(scheme: dict[str, Any] | None) -> str:
         return "is packed, but quantization_config is not of compressed-tensors"
     if (scheme.get("transform_config") or {}) not in ({}, {"config_groups": {}}):
         return "was transformed (transform_config) before it was quantised"
-    formats = {scheme.get("format")}
-    for group in groups.values():
-        arguments = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(arguments, dict):
-            return "is packed, but a config group says nothing about weights"
-        formats.add(str(group.get("format") or "pack-quantized"))
-        for key, expected in _INT4_ARGUMENTS.items():
-            if (arguments.get(key) or None) != expected:
-                return f"has {key} {str(arguments.get(key))[:80]}, expected {expected}"
-    if formats != {"pack-quantized"} or not groups:
-        return f"has format {sorted(map(str, formats))}, expected pack-quantized"
+    faults = [_group_fault(group) for group in groups.values()]
+    if scheme.get("format") != "pack-quantized" or not faults:
+        faults.append(f"has format {str(scheme.get('format'))[:80]}, expected pack-quantized")
+    return next(filter(None, faults), "")
+
+
+def _group_fault(group: Any) -> str:
+    arguments = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(arguments, dict):
+        return "is packed, but a config group says nothing about weights"
+    format_ = group.get("format") or "pack-quantized"
+    if format_ != "pack-quantized":
+        return f"is in a config group of format {str(format_)[:80]}, expected pack-quantized"
+    for key, expected in _INT4_ARGUMENTS.items():
+        if (arguments.get(key) or None) != expected:
+            return f"has {key} {str(arguments.get(key))[:80]}, expected {expected}"
     return ""
 
 
@@ -148,10 +152,13 @@ def _int4(packed: TensorRef, tensors: Mapping[str, TensorRef]) -> Weight:
         raise _unsupported(packed, f"is packed in {packed.dtype}, expected I32")
     if scale.dtype not in _PLAIN:
         raise _unsupported(scale, f"is a scale in {scale.dtype}, expected BF16, F16 or F32")
-    if len(packed.shape) < 2 or not prod(packed.shape):
+    if len(packed.shape) < 2 or 0 in packed.shape:
         raise SourceError(f"has the shape {list(packed.shape)}", where=_where(packed))
-    shape = (*packed.shape[:-1], 8 * packed.shape[-1])
-    _check_shape(scale, (*shape[:-1], shape[-1] / 32), f"{packed.name} {list(packed.shape)}")
+    *leading, n_words = packed.shape
+    if n_words % 4:
+        raise _unsupported(packed, f"has {8 * n_words} columns, not a multiple of 32")
+    shape = (*leading, 8 * n_words)
+    _check_shape(scale, (*leading, n_words // 4), f"{packed.name} {list(packed.shape)}")
     _check_shape(stored_shape, (len(shape),), f"{packed.name} {list(packed.shape)}")
     if stored_shape.dtype not in ("I32", "I64"):
         raise SourceError(f"is {stored_shape.dtype}, expected I32", where=_where(stored_shape))
@@ -164,7 +171,7 @@ def _fp8(ref: TensorRef, tensors: Mapping[str, TensorRef], block: tuple[int, int
         raise _unsupported(ref, "is F8_E4M3 without a weight_scale_inv")
     if scale.dtype not in _PLAIN:
         raise _unsupported(scale, f"is a scale in {scale.dtype}, expected F32 or BF16")
-    if len(ref.shape) < 2 or not prod(ref.shape):
+    if len(ref.shape) < 2 or 0 in ref.shape:
         raise SourceError(f"has the shape {list(ref.shape)}", where=_where(ref))
     *leading, n_rows, n_cols = ref.shape
     expected = (*leading, -(-n_rows // block[0]), -(-n_cols // block[1]))
@@ -179,7 +186,7 @@ def _part(owner: TensorRef, name: str, tensors: Mapping[str, TensorRef]) -> Tens
     return part
 
 
-def _check_shape(ref: TensorRef, expected: tuple[float, ...], reason: str) -> None:
+def _check_shape(ref: TensorRef, expected: tuple[int, ...], reason: str) -> None:
     if ref.shape != expected:
         raise SourceError(
             f"has the shape {list(ref.shape)}, expected {list(expected)} for {reason}",
@@ -201,10 +208,9 @@ def _check_fp8_part(ref: TensorRef, owner: str, tensors: Mapping[str, TensorRef]
 
 def _check_not_quantised(ref: TensorRef) -> None:
     """Refuse what would otherwise be missed only later, as a weight that is not there."""
-    is_matrix = ref.name.endswith(".weight") and ref.dtype not in _PLAIN
-    if is_matrix or ref.name.endswith("_blocks") or ref.dtype.startswith(("F4", "F6", "F8")):
-        if prod(ref.shape):
-            raise _unsupported(ref, f"is stored as {ref.dtype}")
+    is_weight = ref.name.endswith((".weight", "_blocks")) and ref.dtype not in _PLAIN
+    if 0 not in ref.shape and (is_weight or ref.dtype.startswith(("F4", "F6", "F8"))):
+        raise _unsupported(ref, f"is stored as {ref.dtype}")
 
 
 def _unsupported(ref: TensorRef, reason: str) -> UnsupportedError:

@@ -155,12 +155,11 @@ def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest; `GgufError` for one that is unreadable, too large or wrong."""
     where = escaped(str(path))
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_MANIFEST_BYTES + 1)
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise GgufError(f"larger than {MAX_MANIFEST_BYTES} bytes", where=where)
+        raw = path.read_bytes()
     except OSError as error:
         raise GgufError(f"cannot be read: {error.strerror}", where=where) from error
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise GgufError(f"larger than {MAX_MANIFEST_BYTES} bytes", where=where)
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -185,7 +184,6 @@ def chunk_ranges(n_bytes: int, n_slabs: int, chunk_bytes: int) -> Iterator[tuple
 
 def tensor_digest(chunk_digests: Iterable[bytes]) -> str:
     """A tensor's digest (hex) from the sha256s of its chunks, in order, one by one or joined."""
-    """
     digest = hashlib.sha256()
     for chunk in chunk_digests:
         digest.update(chunk)

@@ -1,4 +1,4 @@
-"""GGUF files that break one rule each, shared by the reader's tests and the comparison with ggml."""
+"""GGUF files that break one rule each, for the reader's tests and the comparison with ggml."""
 
 from __future__ import annotations
 

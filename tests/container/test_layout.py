@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import gguf
 import numpy as np
@@ -102,7 +103,7 @@ def test_limits_hold_and_no_shard_could_take_the_next_tensor(sizes, limit, n_mos
         assert len(layout.tensors) == 1 or layout.n_bytes <= limit
         assert n_most is None or len(layout.tensors) <= n_most
         assert layout.n_bytes % alignment == 0
-    for here, after in zip(layouts, layouts[1:], strict=False):
+    for here, after in pairwise(layouts):
         next_tensor = after.tensors[0]
         info_bytes = 8 + len(next_tensor.name) + 4 + 8 + 4 + 8
         header = here.header.rstrip(b"\0")  # a lower bound: a value may end in zeros

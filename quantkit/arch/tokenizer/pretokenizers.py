@@ -118,8 +118,9 @@ def recognise(raw: Mapping[str, Any], *, ignore_merges: bool) -> str:
     steps = tuple(_steps(raw.get("pre_tokenizer")))
     name = _NAMES.get(steps)
     if name is None:
+        shown = json.dumps(raw.get("pre_tokenizer"), ensure_ascii=False)[:2000]
         raise UnsupportedError(
-            f"unknown pre-tokenizer {json.dumps(raw.get('pre_tokenizer'), ensure_ascii=False)[:2000]}",
+            f"unknown pre-tokenizer {shown}",
             where=_FILE,
             hint="If llama.cpp has a splitter for it, add the steps and its name to "
             "quantkit/arch/tokenizer/pretokenizers.py. "

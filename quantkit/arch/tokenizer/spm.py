@@ -138,9 +138,10 @@ def _piece(data: bytes, token_id: int) -> Piece:
         elif field == 2 and isinstance(value, bytes) and len(value) == 4:
             score = struct.unpack("<f", value)[0]
         elif field == 3 and isinstance(value, int):
-            if value not in TokenType:
-                raise SourceError(f"piece {token_id} has type {value}", where=FILE)
-            kind = TokenType(value)
+            try:
+                kind = TokenType(value)
+            except ValueError:
+                raise SourceError(f"piece {token_id} has type {value}", where=FILE) from None
     try:
         decoded = text.decode()
     except UnicodeDecodeError:

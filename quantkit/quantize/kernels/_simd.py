@@ -394,3 +394,18 @@ def transpose8(typingctx: Any, source: Any, begin: Any, stride: Any, target: Any
         return context.get_dummy_value()
 
     return types.void(source, begin, stride, target, at), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def lookup8(typingctx: Any, table: Any, index: Any) -> Any:
+    """`table[index]` per lane, for a vector of 8 values and indices 0..7 (one instruction)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        found = ir.Constant(args[0].type, ir.Undefined)
+        for i in range(8):
+            at = builder.extract_element(args[1], _INT(i))
+            value = builder.extract_element(args[0], at)
+            found = builder.insert_element(found, value, _INT(i))
+        return found
+
+    return table(table, index), codegen

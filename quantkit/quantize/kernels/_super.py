@@ -182,3 +182,93 @@ def _round_affine(
     step_m = select(flat, fill(det, np.float32(0.0)), (q * a2 - p * c) / det)
     step_d = (p - step_m * c) / a2
     return total(rr), step_d, -1.0 * step_m
+
+
+def scaled_searcher(fitters: Any) -> Any:
+    """A function that finds d and integer sub-scales s of x ~ d s level."""
+    residual, error_of, scan, _polish = fitters
+
+    @helper
+    def improve(
+        x: np.ndarray,
+        w: np.ndarray,
+        size: int,
+        form: Any,
+        d: Any,
+        moves: np.ndarray,
+        now: np.ndarray,
+    ) -> Any:
+        # Better s of all sub-blocks for a fixed d; the error and the least-squares step of d.
+        levels, least_s, most_s = form
+        rr = splat8(np.float32(0.0))
+        sr = rr
+        ss = rr
+        for at in range(0, SUPER // size, LANES):
+            a, b = at * size, (at + LANES) * size
+            middle = load8(now, at)
+            s = middle
+            if moves.size > 1:
+                least = splat8(HUGE)
+                for move in moves:
+                    trial = maximum(minimum(middle + move, most_s), least_s)
+                    error = error_of(x[a:b], w[a:b], size, levels, d * trial)
+                    better = error < least
+                    least = select(better, error, least)
+                    s = select(better, trial, s)
+                store(now, at, s)
+            scale = d * s
+            sums = residual(x[a:b], w[a:b], size, levels, scale, inverse(scale))
+            rr = rr + sums[0]
+            sr = fma(s, sums[1], sr)
+            ss = fma(s * s, sums[2], ss)
+        return total(rr), splat8(total(sr)) / maximum(splat8(total(ss)), TINY)
+
+    @helper
+    def search(
+        x: np.ndarray,
+        w: np.ndarray,
+        size: int,
+        up: Any,
+        form: Any,
+        plan: Any,
+        found: np.ndarray,
+    ) -> Any:
+        """The f16 d in the units of the normalised tiles; `found` receives s.
+
+        `form` is (levels, least s, most s), `plan` is (ks, starts, moves, rounds): see `scan` and
+        `search_affine`. A start f puts the largest sub-scale at 1 / f of the range, a negative one
+        at the other end of it.
+        """
+        levels, least_s, most_s = form
+        ks, starts, moves, rounds = plan
+        subs = SUPER // size
+        ideal = np.empty(subs, np.float32)
+        now = np.empty(subs, np.float32)
+        for at in range(0, subs, LANES):
+            a, b = at * size, (at + LANES) * size
+            peak = splat8(np.float32(0.0))
+            for i in range(a, b, LANES):
+                peak = maximum(peak, absolute(load8(x, i)))
+            store(ideal, at, scan(x[a:b], w[a:b], size, levels, peak, ks))
+        extreme = ideal[0]
+        for value in ideal:
+            if abs(value) > abs(extreme):
+                extreme = value
+        best = np.float32(HUGE)
+        best_d = splat8(np.float32(0.0))
+        for start in starts:
+            end = most_s if start > 0.0 else least_s
+            d = near_f16(splat8(extreme * abs(start) / end), up)
+            for at in range(0, subs, LANES):
+                s = rint(load8(ideal, at) * inverse(d))
+                store(now, at, maximum(minimum(s, most_s), least_s))
+            for _ in range(rounds):
+                error, step = improve(x, w, size, form, d, moves, now)
+                if error < best:
+                    best = error
+                    best_d = d
+                    found[:] = now
+                d = near_f16(d + step, up)
+        return best_d
+
+    return search

@@ -99,6 +99,16 @@ def root_mean_square(x: np.ndarray) -> Any:
 
 
 @helper
+def tile_rms(x: np.ndarray, size: int) -> Any:
+    """sqrt(mean(x^2)) of every block of a tile."""
+    s = splat8(np.float32(0.0))
+    for i in range(size):
+        v = load8(x, LANES * i)
+        s = fma(v, v, s)
+    return sqrt(s * np.float32(1.0 / size))
+
+
+@helper
 def ggml_weights(
     x: np.ndarray, importance: np.ndarray, size: int, rms: Any, w: np.ndarray
 ) -> None:
@@ -126,8 +136,8 @@ def inverse(d: Any) -> Any:
     return select(d == 0.0, fill(d, np.float32(0.0)), np.float32(1.0) / d)
 
 
-def scale_fitter(level: Any) -> Any:
-    """A function that fits one scale to each block, for a type with the given levels.
+def scale_fitters(level: Any) -> Any:
+    """(residual, error, scan, polish): passes that fit one scale to each block of a tile.
 
     `level(t, low, high)` gives the level nearest to `t` in every lane; a type whose levels are
     not the integers low..high ignores the bounds.
@@ -154,29 +164,39 @@ def scale_fitter(level: Any) -> Any:
         return rr, rq, qq
 
     @helper
-    def fit(
-        x: np.ndarray, w: np.ndarray, size: int, bounds: Any, extent: Any, search: Any
-    ) -> Any:
-        """The best f16 scale d for x ~ d * level, in the units of the normalised tile.
+    def error(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, d: Any) -> Any:
+        # sum w r^2 alone
+        low, high = bounds
+        rr = splat8(np.float32(0.0))
+        minus = -1.0 * d
+        inv = inverse(d)
+        for i in range(size):
+            v = load8(x, LANES * i)
+            r = fma(level(v * inv, low, high), minus, v)
+            rr = fma(load8(w, LANES * i) * r, r, rr)
+        return rr
 
-        `extent` is the tile's (peak, up), `search` is (ks, refits).
-
-        Each d = peak / k is refitted by least squares; the best of them goes through `refits`
-        rounds of rounding to f16, recoding and refitting.
-        """
-        ks, refits = search
-        up = extent[1]
-        peak = maximum(extent[0], TINY)
+    @helper
+    def scan(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, peak: Any, ks: np.ndarray) -> Any:
+        """The best scale d for x ~ d * level: each d = peak / k, refitted by least squares."""
+        peak = maximum(peak, TINY)
         best = splat8(HUGE)
         scale = splat8(np.float32(0.0))
         for k in ks:
             d = peak * (np.float32(1.0) / k)
             rr, rq, qq = residual(x, w, size, bounds, d, k / peak)
             step = rq / maximum(qq, TINY)
-            error = rr - rq * step
-            better = error < best
-            best = select(better, error, best)
+            after = rr - rq * step
+            better = after < best
+            best = select(better, after, best)
             scale = select(better, d + step, scale)
+        return scale
+
+    @helper
+    def polish(
+        x: np.ndarray, w: np.ndarray, size: int, bounds: Any, scale: Any, up: Any, refits: int
+    ) -> Any:
+        """Round a scale to f16, recode and refit, `refits` times; the f16 with the least error."""
         best = splat8(HUGE)
         chosen = splat8(np.float32(0.0))
         for _ in range(refits):
@@ -188,7 +208,7 @@ def scale_fitter(level: Any) -> Any:
             scale = d + rq / maximum(qq, TINY)
         return chosen
 
-    return fit
+    return residual, error, scan, polish
 
 
 @helper

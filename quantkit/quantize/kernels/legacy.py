@@ -35,7 +35,7 @@ from quantkit.quantize.kernels._tile import (
     put_f16,
     reciprocal,
     root_mean_square,
-    scale_fitter,
+    scale_fitters,
     transpose,
     weight_tiles,
 )
@@ -49,7 +49,7 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_fit_scale = scale_fitter(_nearest)
+_residual, _error, _scan_scales, _polish = scale_fitters(_nearest)
 
 
 @helper
@@ -87,6 +87,7 @@ def _encode_scaled(
 ) -> None:
     """Q4_0, Q5_0, Q8_0: x = d q with q in bounds = (low, high); `search` is (ks, refits)."""
     low, high = bounds
+    ks, refits = search
     blocks = x.shape[1] // SIZE
     block_bytes = out.shape[1] // blocks
     weights = weight_tiles(importance, SIZE, SIZE)
@@ -102,9 +103,9 @@ def _encode_scaled(
             if ggml:
                 ggml_weights(tile, w, SIZE, rms / up, scratch)
                 w = scratch
-            d = up * _fit_scale(
-                tile, w, SIZE, (splat8(low), splat8(high)), (peak, up), search
-            )
+            levels = (splat8(low), splat8(high))
+            scale = _scan_scales(tile, w, SIZE, levels, peak, ks)
+            d = up * _polish(tile, w, SIZE, levels, scale, up, refits)
             for b in range(count):
                 at = (first + b) * block_bytes
                 begin = (first + b) * SIZE

@@ -1,0 +1,155 @@
+"""IQ4_NL and IQ4_XS: 4-bit codes for 16 unevenly spaced levels.
+
+IQ4_NL `d:f16 qs[16]` per 32 weights, x = d T[code]. IQ4_XS per super-block of 256
+`d:f16 scales_h:u16 scales_l[4] qs[128]`, x = d s T[code] with a 6-bit s in -32..31 per 32 weights.
+Byte j of 16 holds element j in its low and j + 16 in its high nibble.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
+from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._simd import (
+    as_i32,
+    fma,
+    lane,
+    load8,
+    lookup8,
+    maximum,
+    minimum,
+    select,
+    splat8,
+    store,
+)
+from quantkit.quantize.kernels._super import SUPER, load_super, scaled_searcher
+from quantkit.quantize.kernels._tile import (
+    LANES,
+    ggml_weights,
+    normalise,
+    put_f16,
+    reciprocal,
+    root_mean_square,
+    scale_fitters,
+    tile_rms,
+    transpose,
+    weight_tiles,
+)
+from quantkit.types import GgmlType
+
+SIZE = 32
+LEVELS = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+# The nearest level by table: cut into 8 slices, 23 wide and open at the ends, no slice holds more
+# than two of the midpoints between levels. So a slice knows its first code and two midpoints.
+_WIDTH, _BELOW = np.float32(1 / 23), np.float32(98.5 / 23)
+_MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
+_EDGES = 23 * np.arange(1, 8) - 98.5
+_FIRST = np.searchsorted(_MIDDLES, np.r_[-np.inf, _EDGES])
+_COUNT = np.searchsorted(_MIDDLES, np.r_[_EDGES, np.inf]) - _FIRST
+_CODE = _FIRST.astype(np.int32)
+_MIDDLE1 = np.where(_COUNT > 0, np.r_[_MIDDLES, 0][_FIRST], np.inf).astype(np.float32)
+_MIDDLE2 = np.where(_COUNT > 1, np.r_[_MIDDLES, 0, 0][_FIRST + 1], np.inf).astype(np.float32)
+_LEVEL0 = LEVELS[_FIRST]
+_LEVEL1 = LEVELS[np.minimum(_FIRST + 1, 15)]
+_LEVEL2 = LEVELS[np.minimum(_FIRST + 2, 15)]
+
+
+@helper
+def _slice(t: Any) -> Any:
+    return as_i32(maximum(minimum(fma(t, _WIDTH, _BELOW), np.float32(7.5)), np.float32(0.0)))
+
+
+@helper
+def _level(t: Any, low: Any, high: Any) -> Any:
+    part = _slice(t)
+    above1 = t > lookup8(load8(_MIDDLE1, 0), part)
+    above2 = t > lookup8(load8(_MIDDLE2, 0), part)
+    level = select(above1, lookup8(load8(_LEVEL1, 0), part), lookup8(load8(_LEVEL0, 0), part))
+    return select(above2, lookup8(load8(_LEVEL2, 0), part), level)
+
+
+@helper
+def _code(t: Any) -> Any:
+    part = _slice(t)
+    above1 = t > lookup8(load8(_MIDDLE1, 0), part)
+    above2 = t > lookup8(load8(_MIDDLE2, 0), part)
+    return lookup8(load8(_CODE, 0), part) + select(above1, 1, part * 0) + select(above2, 1, part * 0)
+
+
+_FITTERS = scale_fitters(_level)
+_residual, _error, _scan, _polish = _FITTERS
+_search = scaled_searcher(_FITTERS)
+
+
+@helper
+def _put_codes(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) -> None:
+    inv = reciprocal(d)
+    for i in range(0, 16, 8):
+        low = _code(load8(row, begin + i) * inv)
+        high = _code(load8(row, begin + i + 16) * inv)
+        store(out, at + i, low | (high << 4))
+
+
+@kernel
+def _encode_nl(
+    x: np.ndarray, importance: np.ndarray, ggml: bool, ks: np.ndarray, refits: int, out: np.ndarray
+) -> None:
+    blocks = x.shape[1] // SIZE
+    weights = weight_tiles(importance, SIZE, SIZE)
+    tile = np.empty(LANES * SIZE, np.float32)
+    scratch = np.empty(LANES * SIZE, np.float32)
+    none = (splat8(np.float32(0.0)), splat8(np.float32(0.0)))
+    for r in range(x.shape[0]):
+        for first in range(0, blocks, LANES):
+            count = min(LANES, blocks - first)
+            transpose(x[r], first * SIZE, count, SIZE, tile, 0)
+            peak, up = normalise(tile, SIZE)
+            w = weights[first * SIZE : (first + LANES) * SIZE]
+            if ggml:
+                rms = tile_rms(tile, SIZE) * np.float32(np.sqrt(2.0))
+                ggml_weights(tile, w, SIZE, rms, scratch)
+                w = scratch
+            scale = _scan(tile, w, SIZE, none, peak, ks)
+            d = up * _polish(tile, w, SIZE, none, scale, up, refits)
+            for b in range(count):
+                at = (first + b) * 18
+                put_f16(out[r], at, lane(d, b))
+                _put_codes(out[r], at + 2, x[r], (first + b) * SIZE, lane(d, b))
+
+
+@kernel
+def _encode_xs(
+    x: np.ndarray, importance: np.ndarray, ggml: bool, plan: Any, out: np.ndarray
+) -> None:
+    supers = x.shape[1] // SUPER
+    weights = weight_tiles(importance, SIZE, SUPER)
+    tile = np.empty(SUPER, np.float32)
+    scratch = np.empty(SUPER, np.float32)
+    found = np.zeros(LANES, np.float32)
+    none = (splat8(np.float32(0.0)), splat8(np.float32(0.0)))
+    form = (none, np.float32(-32.0), np.float32(31.0))
+    for r in range(x.shape[0]):
+        for b in range(supers):
+            begin, at = b * SUPER, b * 136
+            up = load_super(x[r], begin, SIZE, tile)
+            w = weights[begin : begin + SUPER]
+            if ggml:
+                rms = root_mean_square(tile) * np.float32(np.sqrt(2.0))
+                ggml_weights(tile, w, SIZE, splat8(rms), scratch)
+                w = scratch
+            d = lane(up * _search(tile, w, SIZE, up, form, plan, found), 0)
+            put_f16(out[r], at, d)
+            high = 0
+            for k in range(8):
+                high |= (np.int32(found[k]) + 32) >> 4 << (2 * k)
+                _put_codes(out[r], at + 8 + 16 * k, x[r], begin + SIZE * k, d * found[k])
+            out[r, at + 2] = high & 255
+            out[r, at + 3] = high >> 8
+            for k in range(4):
+                s0, s1 = np.int32(found[2 * k]) + 32, np.int32(found[2 * k + 1]) + 32
+                out[r, at + 4 + k] = (s0 & 15) | (s1 & 15) << 4

