@@ -87,7 +87,7 @@ def _plan(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> Planned:
     config = Config(checkpoint.config)
     text = describe_text(config, checkpoint.weights, checkpoint)
     plans = []
-    if job.mmproj is not None and has_tower(config):
+    if job.mmproj is not None and has_tower(config, checkpoint.weights):
         vision = describe_mmproj(config, checkpoint.weights, checkpoint)
         plans.append(_plan_file(job, checkpoint, vision, _mmproj_recipe(job.mmproj), "mmproj"))
     plans.append(_plan_file(job, checkpoint, text, recipe, "model"))

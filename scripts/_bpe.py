@@ -24,7 +24,8 @@ class Table:
     def __init__(self, rows, columns):
         self.rows = rows
         self.columns = columns
-Der Weg führte über die Brücke; après la pluie, l'été était déjà là. Москва и река. 北京の朝、静かな海。
+Der Weg führte über die Brücke; après la pluie, l'été était déjà là.
+Москва и река. 北京の朝、静かな海。
 The compiler warned about the unused result, the missing return and the shadowed name. When the
 water is warm, stir in the salt, wait ten minutes, and pour it slowly over the leaves.
 Prices rose by 3.5% in March and 12.25% in April; the report (see page 1024) explains neither.
@@ -44,13 +45,11 @@ _DEEPSEEK_V3 = (
 _STYLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (
         (_LLAMA3,),
-        ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>")
-        + ("<|end_header_id|>", "<|pad|>"),
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"),
     ),
     "deepseek3": (
         _DEEPSEEK_V3,
-        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>")
-        + ("<｜Assistant｜>",),
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>"),
     ),
 }
 
@@ -82,7 +81,8 @@ def write_tokenizer(out: Path, style: str, vocab_size: int) -> dict[str, int]:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}")
     bos, eos = specials[:2]
-    ids = {"bos": tokenizer.token_to_id(bos), "eos": tokenizer.token_to_id(eos)}
+    first = vocab_size - len(specials)
+    ids = {"bos": first, "eos": first + 1}
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids["bos"])]
     )
@@ -92,8 +92,8 @@ def write_tokenizer(out: Path, style: str, vocab_size: int) -> dict[str, int]:
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(name)): {"content": name, **flags, "special": True}
-            for name in specials
+            str(first + i): {"content": name, **flags, "special": True}
+            for i, name in enumerate(specials)
         },
         "bos_token": bos,
         "chat_template": _TEMPLATE,

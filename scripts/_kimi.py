@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +53,111 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|><think>{%- endif -%}
 """
 
+# INT4, groups of 32, symmetric, for the routed experts alone.
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
 
-def quantization_config() -> dict[str, Any]:
-    """INT4, groups of 32, symmetric, for the routed experts alone."""
-    return {
-        "config_groups": {
-            "group_0": {
-                "input_activations": None,
-                "output_activations": None,
-                "targets": ["Linear"],
-                "weights": {
-                    "actorder": None,
-                    "block_structure": None,
-                    "dynamic": False,
-                    "group_size": 32,
-                    "num_bits": 4,
-                    "observer": "minmax",
-                    "observer_kwargs": {},
-                    "strategy": "group",
-                    "symmetric": True,
-                    "type": "int",
-                },
-            }
-        },
-        "format": "pack-quantized",
-        "ignore": [
-            "lm_head",
-            "re:.*self_attn.*",
-            "re:.*shared_experts.*",
-            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-        ],
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-    }
+_TEXT_CONFIG: dict[str, Any] = {
+    "_name_or_path": "",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "dtype": "bfloat16",
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 262144,
+    "model_type": "kimi_k2",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": QUANTIZATION_CONFIG,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 64.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+
+_VISION_CONFIG: dict[str, Any] = {
+    "init_pos_emb_height": 64,
+    "init_pos_emb_time": 4,
+    "init_pos_emb_width": 64,
+    "merge_kernel_size": [2, 2],
+    "merge_type": "sd2_tpool",
+    "mm_hidden_size": 1152,
+    "mm_projector_type": "patchmerger",
+    "patch_size": 14,
+    "pos_emb_type": "divided_fixed",
+    "projector_hidden_act": "gelu",
+    "projector_ln_eps": 1e-05,
+    "video_attn_type": "spatial_temporal",
+    "vt_hidden_size": 1152,
+    "vt_intermediate_size": 4304,
+    "vt_num_attention_heads": 16,
+    "vt_num_hidden_layers": 27,
+}
 
 
 def config(**text_overrides: Any) -> dict[str, Any]:
@@ -93,59 +165,7 @@ def config(**text_overrides: Any) -> dict[str, Any]:
 
     The special token ids follow vocab_size: the last 256 ids are special.
     """
-    text: dict[str, Any] = {
-        "_name_or_path": "",
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "aux_loss_alpha": 0.001,
-        "dtype": "bfloat16",
-        "ep_size": 1,
-        "first_k_dense_replace": 1,
-        "hidden_act": "silu",
-        "hidden_size": 7168,
-        "initializer_range": 0.02,
-        "intermediate_size": 18432,
-        "kv_lora_rank": 512,
-        "max_position_embeddings": 262144,
-        "model_type": "kimi_k2",
-        "moe_intermediate_size": 2048,
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "n_routed_experts": 384,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 64,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 61,
-        "num_key_value_heads": 64,
-        "num_nextn_predict_layers": 0,
-        "pretraining_tp": 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "quantization_config": quantization_config(),
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 64.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-            "type": "yarn",
-        },
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.827,
-        "scoring_func": "sigmoid",
-        "seq_aux": True,
-        "tie_word_embeddings": False,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "use_cache": True,
-        "v_head_dim": 128,
-        "vocab_size": 163840,
-    } | text_overrides
+    text = _TEXT_CONFIG | text_overrides
     first = text["vocab_size"] - N_SPECIAL
     ids = {
         "bos_token_id": first + SPECIALS["[BOS]"],
@@ -163,25 +183,7 @@ def config(**text_overrides: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_unified_vision_chunk": True,
         "video_placeholder": "<|kimi_k25_video_placeholder|>",
-        "vision_config": {
-            "init_pos_emb_height": 64,
-            "init_pos_emb_time": 4,
-            "init_pos_emb_width": 64,
-            "merge_kernel_size": [2, 2],
-            "merge_type": "sd2_tpool",
-            "mm_hidden_size": 1152,
-            "mm_projector_type": "patchmerger",
-            "patch_size": 14,
-            "pos_emb_type": "divided_fixed",
-            "projector_hidden_act": "gelu",
-            "projector_ln_eps": 1e-05,
-            "text_hidden_size": text["hidden_size"],
-            "video_attn_type": "spatial_temporal",
-            "vt_hidden_size": 1152,
-            "vt_intermediate_size": 4304,
-            "vt_num_attention_heads": 16,
-            "vt_num_hidden_layers": 27,
-        },
+        "vision_config": _VISION_CONFIG | {"text_hidden_size": text["hidden_size"]},
     }
 
 
@@ -253,7 +255,11 @@ def projector_entries(vision: dict[str, Any]) -> list[Entry]:
     linear = {"proj.0": (merged, merged), "proj.2": (vision["text_hidden_size"], merged)}
     return [
         *_norm("mm_projector.pre_norm", width),
-        *(entry for name, shape in linear.items() for entry in _linear(f"mm_projector.{name}", shape)),
+        *(
+            entry
+            for name, shape in linear.items()
+            for entry in _linear(f"mm_projector.{name}", shape)
+        ),
     ]
 
 
@@ -318,7 +324,7 @@ def _parts(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """What byte-pair encoding reduces `text` to, lowest rank first, leftmost on a tie."""
     parts = [text[i : i + 1] for i in range(len(text))]
     while len(parts) > 1:
-        pairs = [ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, 1 << 30) for a, b in pairwise(parts)]
         best = min(pairs)
         if best == 1 << 30:
             break

@@ -147,7 +147,7 @@ def make(family: str, out: Path, seed: int = 0) -> None:
 
     def data(entry: Entry) -> memoryview:
         raw = tensors[entry.name].contiguous().flatten().view(torch.uint8)
-        return memoryview(raw.numpy())
+        return raw.numpy().data
 
     write_checkpoint(out, split_by_size(entries, spec.max_shard_bytes), data, spec.shard_name)
     if kimi:
@@ -214,13 +214,13 @@ def _fp8_blocks(tensors: Tensors) -> Tensors:
             stored[name] = tensor
             continue
         rows, cols = tensor.shape
-        padded = torch.zeros(-(-rows // 128) * 128, -(-cols // 128) * 128)
+        n_down, n_across = -(-rows // 128), -(-cols // 128)
+        padded = torch.zeros(n_down * 128, n_across * 128)
         padded[:rows, :cols] = tensor.float()
-        blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        blocks = padded.reshape(n_down, 128, n_across, 128)
         scale = blocks.abs().amax(dim=(1, 3)) / 448
-        blocks = blocks / scale[:, None, :, None]
-        scaled = blocks.flatten(2).flatten(0, 1)[:rows, :cols]
-        stored[name] = scaled.to(torch.float8_e4m3fn)
+        scaled = (blocks / scale[:, None, :, None]).reshape_as(padded)
+        stored[name] = scaled[:rows, :cols].to(torch.float8_e4m3fn)
         stored[f"{name}_scale_inv"] = scale
     return stored
 
@@ -232,10 +232,10 @@ def _int4_experts(tensors: Tensors) -> Tensors:
         if ".experts." not in name:
             stored[name] = tensor
             continue
-        groups = tensor.float().unflatten(1, (-1, 32))
+        groups = tensor.float().reshape(tensor.shape[0], -1, 32)
         scale = (groups.abs().amax(dim=2) / 7).bfloat16()
         levels = (groups / scale.float()[:, :, None]).round().clamp(-7, 7).long().flatten(1) + 8
-        words = (levels.unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(dim=2)
+        words = (levels.reshape(tensor.shape[0], -1, 8) << torch.arange(0, 32, 4)).sum(dim=2)
         stored[f"{name}_packed"] = words.to(torch.uint32).view(torch.int32)
         stored[f"{name}_scale"] = scale
         stored[f"{name}_shape"] = torch.tensor(tensor.shape, dtype=torch.int32)
@@ -322,7 +322,7 @@ FAMILIES = {
         _K2,
         tokenizer="kimi",
         extra=_NOAUX_TC
-        | {"model_type": "kimi_k2", "quantization_config": _kimi.quantization_config()},
+        | {"model_type": "kimi_k2", "quantization_config": _kimi.QUANTIZATION_CONFIG},
         store=_int4_experts,
         shard_name=_kimi.SHARD_NAME,
         max_shard_bytes=500_000,
@@ -336,6 +336,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     make(arguments.family, arguments.out, arguments.seed)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import _kimi
 import numpy as np
 from _common import Entry, write_checkpoint
 
 
-def make(out: Path) -> None:
-    """Write the checkpoint into the folder `out`."""
-    config = _kimi.config()
+def make(out: Path, **text_fields: Any) -> None:
+    """Write the checkpoint into the folder `out`; `text_fields` replace those of `text_config`."""
+    config = _kimi.config(**text_fields)
     text, vision = config["text_config"], config["vision_config"]
     shards = [_kimi.layer_entries(text, layer) for layer in range(text["num_hidden_layers"])]
     shards += [

@@ -71,7 +71,7 @@ def make(out: Path, source: Path, dtype: str = "float32", max_shard_mb: int = 40
         if entry.name.endswith(("q_proj.weight", "k_proj.weight")):
             values = _half_split(values, fields["llama.rope.dimension_count"])
         values = np.ascontiguousarray(values, dtype=np.float32)
-        return memoryview(to_bf16(values) if dtype == "bfloat16" else values).cast("B")
+        return (to_bf16(values) if dtype == "bfloat16" else values).data.cast("B")
 
     write_checkpoint(out, split_by_size(entries, max_shard_mb * 1_000_000), data)
     write_json(out / "config.json", _config(fields, dtype))

@@ -39,20 +39,20 @@ class _Weights:
         rng = np.random.default_rng([self.seed, zlib.crc32(entry.name.encode())])
         leaf = entry.name.rsplit(".", 1)[-1]
         if leaf == "weight_shape":
-            return memoryview(np.array(_kimi.weight_shape(self.text, entry.name), "<i4")).cast("B")
+            return np.array(_kimi.weight_shape(self.text, entry.name), "<i4").data.cast("B")
         if leaf == "weight_packed":
-            return memoryview(np.resize(_cut(self.nibbles, entry.n_bytes, rng), entry.n_bytes))
+            return np.resize(_cut(self.nibbles, entry.n_bytes, rng), entry.n_bytes).data
         count = prod(entry.shape)
-        values = _cut(self.normal, count, rng)
+        normal: NDArray[np.float32] = _cut(self.normal, count, rng)
         if leaf == "e_score_correction_bias":
-            return memoryview(values * np.float32(0.01)).cast("B")
+            return (normal * np.float32(0.01)).data.cast("B")
         if leaf == "weight_scale":
-            values = 0.004 * np.exp2(values * np.float32(0.3))
+            values = np.float32(0.004) * np.exp2(normal * np.float32(0.3))
         elif len(entry.shape) == 1:
-            values = 1 + values * np.float32(0.1)
+            values = np.float32(1) + normal * np.float32(0.1)
         else:
-            values = values * np.float32(entry.shape[-1] ** -0.5)
-        return memoryview(np.resize(to_bf16(values), count)).cast("B")
+            values = normal * np.float32(entry.shape[-1] ** -0.5)
+        return np.resize(to_bf16(values), count).data.cast("B")
 
 
 def _cut(pool: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[Any]:
@@ -61,9 +61,9 @@ def _cut(pool: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[An
     return pool[start : start + count]
 
 
-def make(out: Path, n_experts: int = 64, vocab_size: int = 2048, seed: int = 0) -> None:
-    """Write the checkpoint into the folder `out`; `n_experts` at least 8."""
-    config = _kimi.config(num_hidden_layers=2, n_routed_experts=n_experts, vocab_size=vocab_size)
+def make(out: Path, *, seed: int = 0, **text_fields: Any) -> None:
+    """Write the checkpoint into the folder `out`; `text_fields` replace those of `text_config`."""
+    config = _kimi.config(num_hidden_layers=2, **text_fields)
     text = config["text_config"]
     shards = [_kimi.layer_entries(text, 0), _kimi.layer_entries(text, 1), _kimi.top_entries(text)]
     write_checkpoint(out, shards, _Weights(text, seed).data, _kimi.SHARD_NAME)
@@ -77,4 +77,9 @@ if __name__ == "__main__":
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make(arguments.out, arguments.experts, arguments.vocab_size, arguments.seed)
+    make(
+        arguments.out,
+        seed=arguments.seed,
+        n_routed_experts=arguments.experts,
+        vocab_size=arguments.vocab_size,
+    )

@@ -37,7 +37,7 @@ def describe_text(
 
 def describe_mmproj(config: Config, weights: Mapping[str, Weight], files: SideFiles) -> Model:
     """The vision tower and projector."""
-    if not has_tower(config):
+    if not has_tower(config, weights):
         raise UnsupportedError(
             "no vision tower that llama.cpp has a projector for", where="config.json"
         )

@@ -6,7 +6,7 @@ the second's, head by head. V stays, and the three stay fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from quantkit.arch.base import Config, Model, SideFiles, WeightMap, bias, norm, whole
 from quantkit.container.kv import boolean, f32, f32s, string, u32
@@ -21,11 +21,10 @@ _BLOCK = (("norm0", "ln1", True), ("norm1", "ln2", True), ("wo", "attn_out", Fal
           ("mlp.fc0", "ffn_up", False), ("mlp.fc1", "ffn_down", False))  # fmt: skip
 
 
-def has_tower(config: Config) -> bool:
-    """Whether the checkpoint brings a vision tower that this module can write."""
-    return config.section("vision_config") is not None and "KimiK25" in str(
-        config.raw.get("architectures")
-    )
+def has_tower(config: Config, names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these weights brings a vision tower that this module can write."""
+    is_kimi = "KimiK25" in str(config.raw.get("architectures"))
+    return is_kimi and any(name.startswith(PREFIXES) for name in names)
 
 
 class _Tower:

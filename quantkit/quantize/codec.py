@@ -55,6 +55,19 @@ _HOMES: dict[GgmlType, str] = {
     GgmlType.Q5_0: "legacy",
     GgmlType.Q5_1: "legacy",
     GgmlType.Q8_0: "legacy",
+    GgmlType.Q2_K: "q_k",
+    GgmlType.Q3_K: "q_k",
+    GgmlType.Q4_K: "q_k",
+    GgmlType.Q5_K: "q_k",
+    GgmlType.Q6_K: "q_k",
+    GgmlType.IQ4_NL: "iq4",
+    GgmlType.IQ4_XS: "iq4",
+    GgmlType.MXFP4: "fp4",
+    GgmlType.NVFP4: "fp4",
+    GgmlType.TQ1_0: "ternary",
+    GgmlType.TQ2_0: "ternary",
+    GgmlType.Q1_0: "ternary",
+    GgmlType.Q2_0: "ternary",
 }
 _LOADED: dict[GgmlType, Codec] = {}
 

@@ -158,8 +158,8 @@ def _int4(packed: TensorRef, tensors: Mapping[str, TensorRef]) -> Weight:
     if n_words % 4:
         raise _unsupported(packed, f"has {8 * n_words} columns, not a multiple of 32")
     shape = (*leading, 8 * n_words)
-    _check_shape(scale, (*leading, n_words // 4), f"{packed.name} {list(packed.shape)}")
-    _check_shape(stored_shape, (len(shape),), f"{packed.name} {list(packed.shape)}")
+    _check_shape(scale, (*leading, n_words // 4), packed)
+    _check_shape(stored_shape, (len(shape),), packed)
     if stored_shape.dtype not in ("I32", "I64"):
         raise SourceError(f"is {stored_shape.dtype}, expected I32", where=_where(stored_shape))
     return Weight(base + "weight", WeightFormat.INT4_G32, shape, packed, scale)
@@ -175,7 +175,7 @@ def _fp8(ref: TensorRef, tensors: Mapping[str, TensorRef], block: tuple[int, int
         raise SourceError(f"has the shape {list(ref.shape)}", where=_where(ref))
     *leading, n_rows, n_cols = ref.shape
     expected = (*leading, -(-n_rows // block[0]), -(-n_cols // block[1]))
-    _check_shape(scale, expected, f"{ref.name} {list(ref.shape)} in blocks of {list(block)}")
+    _check_shape(scale, expected, ref)
     return Weight(ref.name, WeightFormat.FP8_BLOCK, ref.shape, ref, scale)
 
 
@@ -186,11 +186,12 @@ def _part(owner: TensorRef, name: str, tensors: Mapping[str, TensorRef]) -> Tens
     return part
 
 
-def _check_shape(ref: TensorRef, expected: tuple[int, ...], reason: str) -> None:
-    if ref.shape != expected:
+def _check_shape(part: TensorRef, expected: tuple[int, ...], owner: TensorRef) -> None:
+    if part.shape != expected:
         raise SourceError(
-            f"has the shape {list(ref.shape)}, expected {list(expected)} for {reason}",
-            where=_where(ref),
+            f"has the shape {list(part.shape)}, expected {list(expected)} "
+            f"beside {owner.name} {list(owner.shape)}",
+            where=_where(part),
         )
 
 
@@ -209,7 +210,7 @@ def _check_fp8_part(ref: TensorRef, owner: str, tensors: Mapping[str, TensorRef]
 def _check_not_quantised(ref: TensorRef) -> None:
     """Refuse what would otherwise be missed only later, as a weight that is not there."""
     is_weight = ref.name.endswith((".weight", "_blocks")) and ref.dtype not in _PLAIN
-    if 0 not in ref.shape and (is_weight or ref.dtype.startswith(("F4", "F6", "F8"))):
+    if 0 not in ref.shape and (is_weight or ref.dtype.startswith(("F4", "F6_", "F8_"))):
         raise _unsupported(ref, f"is stored as {ref.dtype}")
 
 

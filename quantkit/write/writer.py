@@ -6,6 +6,7 @@ LAID OUT (the plan) -> OPEN (`ShardWriter(...)`) -> tiles in any order -> `commi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ class ShardWriter:
         fs.make_folder(folder)
         self._journal = Journal(journal_path(folder, plan.stem), plan.digest, restart=restart)
         try:
+            if restart:
+                self._discard_partials()
             partials = [fs.partial_of(path) for path in self._paths]
             fs.require_space(folder, plan.n_bytes, sum(map(fs.allocated, partials)))
             self._forget_lost_files()
@@ -114,6 +117,13 @@ class ShardWriter:
             os.close(fd)
         self._fds = []
         self._journal.close()
+
+    def _discard_partials(self) -> None:
+        """Remove what an unfinished run left, which may have been cut into other shards."""
+        ours = re.compile(re.escape(self.plan.stem) + r"(-\d{5}-of-\d{5})?\.gguf" + fs.PARTIAL)
+        for path in self._folder.iterdir():
+            if ours.fullmatch(path.name):
+                fs.remove(path)
 
     def _forget_lost_files(self) -> None:
         """Drop records of tiles whose partial file was removed or cut; take back named shards.

@@ -12,7 +12,8 @@ def log_softmax(logits: Any) -> NDArray[np.float64]:
     """Log probabilities over the last axis, f64."""
     shifted = np.asarray(logits, dtype=np.float64)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    log_p: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return log_p
 
 
 def same_top1(a: Any, b: Any) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oracles import gguf_reference
+from tests.oracles import gguf_reference, hf
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-kimi-k2.5"
 
@@ -35,6 +35,12 @@ def kimi_mmproj(tmp_path_factory) -> Path:
 def token_ids() -> np.ndarray:
     """Two sequences of 96 ordinary tokens."""
     return np.random.default_rng(7).integers(300, 4000, (2, 96))
+
+
+@pytest.fixture(scope="session")
+def exact_logits(token_ids) -> np.ndarray:
+    """transformers' logits of `token_ids` with llama.cpp's epsilon in the latent norms."""
+    return hf.reference_logits(FIXTURE, token_ids, latent_eps=1e-5)
 
 
 @pytest.fixture(scope="session")

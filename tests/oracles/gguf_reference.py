@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType as GT
+from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from tests.oracles.hf import Tensors, expanded_tensors
@@ -54,7 +53,9 @@ _VISION_NAMES = {
 
 
 def write_text(
-    checkpoint_dir: Path | str, out: Path | str, type_of: Callable[[str], GT] = lambda _: GT.F32
+    checkpoint_dir: Path | str,
+    out: Path | str,
+    type_of: Callable[[str], Kind] = lambda _: Kind.F32,
 ) -> None:
     """Write the text model as arch deepseek2; `type_of` names the type of each matrix.
 
@@ -68,7 +69,7 @@ def write_text(
     _tokenizer_kvs(writer, folder, text["vocab_size"])
     for name, tensor in _text_tensors(expanded_tensors(folder), text).items():
         kept = tensor.ndim == 1 or "ffn_gate_inp" in name
-        _add(writer, name, tensor, GT.F32 if kept else type_of(name))
+        _add(writer, name, tensor, Kind.F32 if kept else type_of(name))
     _close(writer)
 
 
@@ -82,13 +83,17 @@ def write_mmproj(checkpoint_dir: Path | str, out: Path | str) -> None:
     _vision_kvs(writer, vision, media)
     for name, tensor in expanded_tensors(folder).items():
         if name.startswith(("vision_tower.", "mm_projector.")):
-            _add(writer, *_vision_tensor(name, tensor, vision["vt_num_attention_heads"]), GT.F32)
+            _add(
+                writer,
+                *_vision_tensor(name, tensor, vision["vt_num_attention_heads"]),
+                Kind.F32,
+            )
     _close(writer)
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: GT) -> None:
+def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: Kind) -> None:
     data: NDArray[Any] = tensor.contiguous().numpy()
-    if kind != GT.F32:
+    if kind != Kind.F32:
         data = gguf.quants.quantize(data, kind)
     writer.add_tensor(name, data, raw_dtype=kind)
 
@@ -176,10 +181,10 @@ def _text_tensors(weights: Tensors, text: dict[str, Any]) -> Tensors:
         elif rest == "mlp.gate.e_score_correction_bias":
             result[f"{stem}.exp_probs_b.bias"] = tensor
         elif rest == "self_attn.kv_b_proj.weight":
-            heads = tensor.unflatten(0, (text["num_attention_heads"], -1))
-            keys, values = heads.split([text["qk_nope_head_dim"], text["v_head_dim"]], dim=1)
-            result[f"{stem}.attn_k_b.weight"] = keys.transpose(1, 2)
-            result[f"{stem}.attn_v_b.weight"] = values
+            heads = tensor.reshape(text["num_attention_heads"], -1, tensor.shape[1])
+            n_key = text["qk_nope_head_dim"]
+            result[f"{stem}.attn_k_b.weight"] = heads[:, :n_key].transpose(1, 2)
+            result[f"{stem}.attn_v_b.weight"] = heads[:, n_key:]
         else:
             result[f"{stem}.{_TEXT_NAMES[rest.removesuffix('.weight')]}.weight"] = tensor
     for stack, by_id in stacks.items():
@@ -228,6 +233,5 @@ def _vision_tensor(name: str, tensor: torch.Tensor, n_heads: int) -> tuple[str, 
 
 def _split_axes(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Rope pairs that alternate between the image's axes, first all of one, then of the other."""
-    pairs = rows.unflatten(0, (n_heads, -1, 2, 2))  # [head, pair, axis, element, ...]
-    return pairs.transpose(1, 2).reshape(rows.shape)
-
+    pairs = rows.reshape(n_heads, -1, 2, 2, *rows.shape[1:])  # [head, pair, axis, element, ...]
+    return pairs.transpose(1, 2).reshape_as(rows)

@@ -13,8 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.compressors.pack_quantized import (  # type: ignore[import-untyped]
+    PackedQuantizationCompressor,
+)
+from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+    QuantizationArgs,
+    QuantizationScheme,
+)
 from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import (
@@ -48,12 +53,12 @@ def reference_logits(
     (q_a_layernorm, kv_a_layernorm): transformers leaves it at 1e-6 whatever the configuration
     says, llama.cpp, vLLM and SGLang use rms_norm_eps. Pass rms_norm_eps to compare with them.
     """
-    model = load(checkpoint_dir, latent_eps=latent_eps)
-    ids = torch.as_tensor(np.asarray(token_ids, dtype=np.int64))
+    model: Any = load(checkpoint_dir, latent_eps=latent_eps)
+    ids = np.asarray(token_ids, dtype=np.int64)
     with torch.no_grad():
         rows = [
-            model(input_ids=sequence[None], use_cache=False).logits[0].numpy()
-            for sequence in torch.atleast_2d(ids)
+            model(input_ids=torch.as_tensor(sequence)[None], use_cache=False).logits[0].numpy()
+            for sequence in np.atleast_2d(ids)
         ]
     return np.stack(rows) if ids.ndim == 2 else rows[0]
 
@@ -61,6 +66,7 @@ def reference_logits(
 def load(checkpoint_dir: Path | str, *, latent_eps: float | None = None) -> PreTrainedModel:
     """The text model in f32, eager attention, ready to call."""
     folder = Path(checkpoint_dir)
+    model: PreTrainedModel
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] in _DEEPSEEK_V3:
         model = _deepseek_v3(folder, config)
@@ -72,12 +78,11 @@ def load(checkpoint_dir: Path | str, *, latent_eps: float | None = None) -> PreT
         for name, module in model.named_modules():
             if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
                 module.variance_epsilon = latent_eps
-    return model.eval()
+    model.train(False)
+    return model
 
 
-def vision_reference(
-    checkpoint_dir: Path | str, image: NDArray[np.uint8]
-) -> NDArray[np.float32]:
+def vision_reference(checkpoint_dir: Path | str, image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Image embeddings f32 [n_tok, text hidden size] of K2.5's MoonViT tower and projector.
 
     `image` is u8 RGB [height, width, 3] with sides that are multiples of patch size times merge
@@ -90,7 +95,8 @@ def vision_reference(
     patches, grid = _patches(image, processing["media_proc_cfg"])
     with torch.no_grad():
         pooled = vision(patches, grid_thw=grid).pooler_output
-        return projector(pooled).squeeze(1).numpy()
+        embeddings: NDArray[np.float32] = projector(pooled).squeeze(1).numpy()
+    return embeddings
 
 
 def expanded_tensors(checkpoint_dir: Path | str) -> Tensors:
@@ -126,7 +132,8 @@ def _expand_int4(packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor)
     )
     # The result has the scale's type: in F32 the products are exact, in BF16 they are not.
     state = {"weight_packed": packed, "weight_scale": scale.float(), "weight_shape": shape}
-    return PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    weight: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    return weight
 
 
 def _expand_fp8(weight: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
@@ -140,17 +147,14 @@ def _deepseek_v3(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     for key in ("architectures", "model_type", "quantization_config", "dtype", "auto_map"):
         text.pop(key, None)
     rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta", 10000.0)}
-    scaling = {**(text.pop("rope_scaling", None) or {}), **(text.pop("rope_parameters", None) or {})}
+    scaling = {
+        **(text.pop("rope_scaling", None) or {}),
+        **(text.pop("rope_parameters", None) or {}),
+    }
     if scaling:
         rope |= {"rope_type": scaling.pop("type", scaling.get("rope_type")), **scaling}
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **text,
-            rope_parameters=rope,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
-    )
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**text, **eager, rope_parameters=rope))
     weights = {
         name: tensor
         for name, tensor in expanded_tensors(folder).items()
@@ -166,7 +170,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def _fuse_experts(weights: Tensors) -> Tensors:
-    """transformers keeps a layer's experts as [E, 2I, D] (gate rows, then up rows) and [E, D, I]."""
+    """transformers stacks experts: [E, 2I, D], gate rows before up rows, and [E, D, I]."""
     fused: Tensors = {}
     experts: dict[str, dict[int, Tensors]] = {}
     for name, tensor in weights.items():
@@ -187,26 +191,28 @@ def _moonvit(
     folder: Path, config: dict[str, Any]
 ) -> tuple[Kimi_K25VisionModel, Kimi_K25MultimodalProjection]:
     stored = config["vision_config"]
-    vision_config = Kimi_K25VisionConfig(
-        patch_size=stored["patch_size"],
-        pos_emb_height=stored["init_pos_emb_height"],
-        pos_emb_width=stored["init_pos_emb_width"],
-        pos_emb_time=stored["init_pos_emb_time"],
-        num_attention_heads=stored["vt_num_attention_heads"],
-        num_hidden_layers=stored["vt_num_hidden_layers"],
-        hidden_size=stored["vt_hidden_size"],
-        intermediate_size=stored["vt_intermediate_size"],
-        merge_kernel_size=tuple(stored["merge_kernel_size"]),
-        rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
-        attn_implementation="eager",
-    )
+    fields: dict[str, Any] = {
+        "patch_size": stored["patch_size"],
+        "pos_emb_height": stored["init_pos_emb_height"],
+        "pos_emb_width": stored["init_pos_emb_width"],
+        "pos_emb_time": stored["init_pos_emb_time"],
+        "num_attention_heads": stored["vt_num_attention_heads"],
+        "num_hidden_layers": stored["vt_num_hidden_layers"],
+        "hidden_size": stored["vt_hidden_size"],
+        "intermediate_size": stored["vt_intermediate_size"],
+        "merge_kernel_size": tuple(stored["merge_kernel_size"]),
+        "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0},
+        "attn_implementation": "eager",
+    }
+    vision_config = Kimi_K25VisionConfig(**fields)
     joint = Kimi_K25Config(
         vision_config=vision_config,
         text_config={"model_type": "deepseek_v3", "hidden_size": stored["text_hidden_size"]},
         projection_hidden_size=stored["mm_hidden_size"],
         projection_layer_norm_eps=stored["projector_ln_eps"],
     )
-    vision, projector = Kimi_K25VisionModel(vision_config), Kimi_K25MultimodalProjection(joint)
+    vision = Kimi_K25VisionModel(vision_config)
+    projector = Kimi_K25MultimodalProjection(joint)  # type: ignore[no-untyped-call]
     tower: Tensors = {}
     head: Tensors = {}
     for name, tensor in expanded_tensors(folder).items():
@@ -217,7 +223,7 @@ def _moonvit(
             head[short.replace("proj.0", "in_proj").replace("proj.2", "out_proj")] = tensor
     vision.load_state_dict(tower, strict=True)
     projector.load_state_dict(head, strict=True)
-    return vision.eval(), projector.eval()
+    return vision.train(False), projector.train(False)
 
 
 _BLOCK_NAMES = {
@@ -240,8 +246,8 @@ def _vision_names(name: str, tensor: torch.Tensor, n_heads: int) -> Tensors:
         return {f"layers.{index}.{_BLOCK_NAMES[part]}.{leaf}": tensor}
 
     def half_split(rows: torch.Tensor) -> torch.Tensor:
-        pairs = rows.unflatten(0, (n_heads, -1, 2))
-        return pairs.transpose(1, 2).reshape(rows.shape)
+        pairs = rows.reshape(n_heads, -1, 2, *rows.shape[1:])
+        return pairs.transpose(1, 2).reshape_as(rows)
 
     q, k, v = tensor.chunk(3)
     stem = f"layers.{index}.attn"
@@ -261,6 +267,6 @@ def _patches(image: NDArray[np.uint8], media: dict[str, Any]) -> tuple[torch.Ten
         raise ValueError(f"image sides must be multiples of {unit}, got {height} x {width}")
     mean, std = torch.tensor(media["image_mean"]), torch.tensor(media["image_std"])
     pixels = ((torch.from_numpy(image).float() / 255 - mean) / std).permute(2, 0, 1)
-    grid = pixels.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # [3, h, p, w, p]
+    grid = pixels.reshape(3, height // size, size, width // size, size)
     patches = grid.permute(1, 3, 0, 2, 4).flatten(0, 1)
     return patches, torch.tensor([[1, height // size, width // size]])

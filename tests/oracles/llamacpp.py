@@ -49,7 +49,7 @@ def logits(
     model's, as `--yarn-beta-fast` does.
     """
     ids = np.asarray(token_ids, dtype=np.int32)
-    answer = _ask(
+    answer: NDArray[np.float32] = _ask(
         "logits",
         gguf=_path(gguf_path),
         ids=np.atleast_2d(ids).tolist(),
@@ -59,7 +59,7 @@ def logits(
         extra_bufts=extra_bufts,
         threads=threads,
     )["logits"]
-    return answer if ids.ndim == 2 else answer[0]
+    return answer if ids.ndim == 2 else answer.reshape(answer.shape[1:])
 
 
 def tokenize(
@@ -104,15 +104,15 @@ def encode_image(
     """Embeddings f32 [n_image_tok, n_embd] of an RGB image u8 [height, width, 3]."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is u8 [height, width, 3], got {image.dtype} {image.shape}")
-    answer = _ask(
+    embeddings: NDArray[np.float32] = _ask(
         "encode_image",
         mmproj=_path(gguf_path),
         gguf=_path(text_model_gguf),
         height=image.shape[0],
         width=image.shape[1],
         rgb=image.tobytes().hex(),
-    )
-    return answer["embeddings"]
+    )["embeddings"]
+    return embeddings
 
 
 def _path(path: Path | str) -> str:

@@ -19,7 +19,7 @@ TEXT_KVS = {
     "general.sampling.top_p": (F32, 0.95),
     "general.sampling.min_p": (F32, 0.01),
     "general.name": (STR, "Tiny Kimi K2.5"),
-    "general.size_label": (STR, "8x4.4M"),
+    "general.size_label": (STR, "8x13M"),
     "general.license": (STR, "apache-2.0"),
     "general.tags": (ARR, ["compressed-tensors", "image-text-to-text"]),
     "general.quantization_version": (U32, 2),

@@ -302,7 +302,6 @@ def test_offsets_beyond_4_gib(tmp_path):
     tensors_end = path.stat().st_size + -(-n // 32) * 32 + 16
     with path.open("r+b") as file:
         file.truncate(tensors_end)
-    assert verify(path, threads=2).ok
     overwrite(path, tensors_end - 4, struct.pack("<f", float("nan")))
     overwrite(path, path.stat().st_size - 16 - 34 - (-n % 32), b"\x00\x7c")
     report = verify(path, threads=2)

@@ -17,6 +17,8 @@ from quantkit.arch.tokenizer.vocab import Vocab
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.types import Kv, KvType
 
+_MAX_VOCAB = 1 << 22  # the largest published ones have 2^18 entries
+
 __all__ = ["SideFiles", "tokenizer_kvs"]
 
 
@@ -27,6 +29,8 @@ def tokenizer_kvs(source: SideFiles, vocab_size: int, config: Mapping[str, Any])
     `tokenizer.json` counts. Raises SourceError for files that contradict themselves, each other
     or `vocab_size`, and UnsupportedError for a tokenizer that llama.cpp would not reproduce.
     """
+    if not 0 < vocab_size <= _MAX_VOCAB:
+        raise SourceError(f"vocab_size = {vocab_size}", where="config.json")
     settings = _table(source, "tokenizer_config.json") or {}
     raw = _table(source, hf_json.FILE)
     vocab, file = _read_vocab(source, raw, settings, config, vocab_size)

@@ -11,6 +11,7 @@ from quantkit.errors import SourceError, UnsupportedError
 
 FILE = "tokenizer.json"
 
+_MAX_TOKEN_CHARS = 4096  # bounds the work that is quadratic in a token's length
 _SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -63,6 +64,8 @@ def _read_vocab(raw: Any, vocab_size: int) -> dict[str, int]:
     if not isinstance(raw, dict):
         raise SourceError("model.vocab is not a table of tokens", where=FILE)
     for token, token_id in raw.items():
+        if len(token) > _MAX_TOKEN_CHARS:
+            raise SourceError(f"a token of {len(token)} characters", where=FILE)
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise SourceError(
                 f"token {token!r} has id {token_id!r}, expected 0 to {vocab_size - 1}", where=FILE

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.arch.tokenizer.hf_json import FILE, BpeModel, lay_out, read_added_tokens
-from quantkit.arch.tokenizer.vocab import TokenType, Vocab
+from quantkit.arch.tokenizer.vocab import BYTE_PIECES, TokenType, Vocab, user_text
 from quantkit.errors import UnsupportedError
 
 _HINT = "Put the SentencePiece file (tokenizer.model) beside tokenizer.json."
@@ -26,20 +26,18 @@ def llama_json_vocab(
 ) -> Vocab:
     """The vocabulary of a tokenizer.json of Llama 2's kind, filled up to `vocab_size`."""
     prefix = _has_prefix(raw)
-    scores = _scores(model)
     tokens, types = lay_out(model, read_added_tokens(raw), settings, vocab_size)
-    for token_id, kind in enumerate(types):
-        if kind is TokenType.NORMAL and _is_byte(tokens[token_id]):
-            types[token_id] = TokenType.BYTE
-        elif kind is TokenType.USER_DEFINED:
-            tokens[token_id] = tokens[token_id].replace("▁", " ")
-    if types.count(TokenType.BYTE) != 256:
-        raise UnsupportedError(
-            f"{types.count(TokenType.BYTE)} byte tokens, expected 256", where=FILE, hint=_HINT
-        )
-    unknown = model.vocab.get(model.unk_token or "")
-    if unknown is not None:
-        types[unknown] = TokenType.UNKNOWN
+    if missing := [piece for piece in BYTE_PIECES if piece not in model.vocab]:
+        raise UnsupportedError(f"byte token {missing[0]} is missing", where=FILE, hint=_HINT)
+    for piece in BYTE_PIECES:
+        types[model.vocab[piece]] = TokenType.BYTE
+    if model.unk_token in model.vocab:
+        types[model.vocab[model.unk_token]] = TokenType.UNKNOWN
+    # Added tokens are cut out of the text before anything is joined.
+    scores = _scores(
+        model, [t for t, kind in zip(tokens, types, strict=True) if kind is TokenType.NORMAL]
+    )
+    tokens = [user_text(text, kind) for text, kind in zip(tokens, types, strict=True)]
     return Vocab(
         "llama",
         "default",
@@ -48,10 +46,6 @@ def llama_json_vocab(
         scores=[scores.get(token, 0.0) for token in tokens],
         add_space_prefix=None if prefix else False,
     )
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _has_prefix(raw: Mapping[str, Any]) -> bool:
@@ -75,8 +69,11 @@ def _has_prefix(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _scores(model: BpeModel) -> dict[str, float]:
-    """Token -> minus the rank of its first merge, as SentencePiece itself scores BPE."""
+def _scores(model: BpeModel, plain: list[str]) -> dict[str, float]:
+    """Token -> minus the rank of its first merge, as SentencePiece itself scores BPE.
+
+    Refuses merges that scores cannot stand for; `plain` are the tokens that joining can lead to.
+    """
     splits: dict[str, set[str]] = {}
     scores: dict[str, float] = {}
     previous = ""
@@ -91,13 +88,13 @@ def _scores(model: BpeModel) -> dict[str, float]:
         scores.setdefault(token, -float(rank))
         splits.setdefault(token, set()).add(left)
         previous = token
-    for token in model.vocab:
+    for token in plain:
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if (
-                _can_stand(left, model, scores)
-                and _can_stand(right, model, scores)
-                and (left not in splits.get(token, ()))
+                _can_stand(left, scores)
+                and _can_stand(right, scores)
+                and left not in splits.get(token, ())
             ):
                 raise UnsupportedError(
                     f"llama.cpp would join {left!r} and {right!r}, which no merge does",
@@ -107,6 +104,6 @@ def _scores(model: BpeModel) -> dict[str, float]:
     return scores
 
 
-def _can_stand(text: str, model: BpeModel, scores: Mapping[str, float]) -> bool:
+def _can_stand(text: str, scores: Mapping[str, float]) -> bool:
     """Whether `text` can be a symbol while merging: one character, or what a merge made."""
     return len(text) == 1 or text in scores

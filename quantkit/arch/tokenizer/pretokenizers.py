@@ -131,15 +131,15 @@ def recognise(raw: Mapping[str, Any], *, ignore_merges: bool) -> str:
 
 def _flat(step: Any) -> Iterator[Mapping[str, Any]]:
     """The steps of a normalizer or pre_tokenizer, nested sequences unrolled."""
-    if isinstance(step, Mapping):
-        inner = step.get("normalizers", step.get("pretokenizers"))
-        if step.get("type") == "Sequence" and isinstance(inner, list):
-            for each in inner:
-                yield from _flat(each)
+    todo = [] if step is None else [step]
+    while todo:
+        each = todo.pop()
+        each = each if isinstance(each, Mapping) else {"type": repr(each)}
+        inner = each.get("normalizers", each.get("pretokenizers"))
+        if each.get("type") == "Sequence" and isinstance(inner, list):
+            todo += reversed(inner)
         else:
-            yield step
-    elif step is not None:
-        yield {"type": repr(step)}
+            yield each
 
 
 def _steps(pre_tokenizer: Any) -> Iterator[str]:

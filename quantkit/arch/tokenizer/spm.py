@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.arch.tokenizer.hf_json import AddedToken, added_tokens_decoder
-from quantkit.arch.tokenizer.vocab import TokenType, Vocab, added_type, placeholder
+from quantkit.arch.tokenizer.vocab import (
+    BYTE_PIECES,
+    TokenType,
+    Vocab,
+    added_type,
+    placeholder,
+    user_text,
+)
 from quantkit.errors import SourceError, UnsupportedError
 
 FILE = "tokenizer.model"
@@ -54,8 +61,8 @@ def spm_vocab(
     without byte pieces (llama.cpp fails on the first unknown character) and ones with more pieces
     than the embedding has rows. Added tokens without a row are left out.
     """
-    model = read_spm(data)
-    _require_supported(model, vocab_size)
+    model = read_spm(data, vocab_size)
+    _require_supported(model)
     tokens = [piece.text for piece in model.pieces]
     scores = [piece.score for piece in model.pieces]
     types = [piece.type for piece in model.pieces]
@@ -68,15 +75,12 @@ def spm_vocab(
             types[token.token_id] = added_type(token.content, token.special)
             tokens[token.token_id] = token.content
             scores[token.token_id] = _ADDED_SCORE
-    for token_id, kind in enumerate(types):
-        if kind is TokenType.USER_DEFINED:
-            # llama.cpp looks for these in the text as it was written, with real spaces.
-            tokens[token_id] = tokens[token_id].replace("▁", " ")
+    tokens = [user_text(text, kind) for text, kind in zip(tokens, types, strict=True)]
     prefix = None if model.add_dummy_prefix else False
     return Vocab("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
 
 
-def _require_supported(model: SpmModel, vocab_size: int) -> None:
+def _require_supported(model: SpmModel) -> None:
     if model.algorithm != _BPE:
         raise UnsupportedError(
             f"SentencePiece algorithm {model.algorithm}, expected {_BPE} (BPE)",
@@ -88,15 +92,11 @@ def _require_supported(model: SpmModel, vocab_size: int) -> None:
             "the model normalises its input by a character map, which llama.cpp does not",
             where=FILE,
         )
-    if len(model.pieces) > vocab_size:
-        raise SourceError(
-            f"{len(model.pieces)} pieces for a vocabulary of {vocab_size}", where=FILE
-        )
     bytes_found = {piece.text for piece in model.pieces if piece.type is TokenType.BYTE}
-    if missing := {f"<0x{byte:02X}>" for byte in range(256)} - bytes_found:
+    if missing := [piece for piece in BYTE_PIECES if piece not in bytes_found]:
         raise UnsupportedError(
-            f"{len(missing)} byte pieces are missing (such as {min(missing)}); llama.cpp needs "
-            "them for characters that have no piece",
+            f"byte piece {missing[0]} is missing; llama.cpp needs all 256 for characters that "
+            "have no piece",
             where=FILE,
         )
 
@@ -108,12 +108,14 @@ def _added_tokens(added: Mapping[str, Any] | None) -> Iterator[AddedToken]:
         yield AddedToken(token_id, content, special=False)
 
 
-def read_spm(data: bytes) -> SpmModel:
+def read_spm(data: bytes, max_pieces: int) -> SpmModel:
     """Parse a SentencePiece `ModelProto`; fields that say nothing about ids are skipped."""
     pieces: list[Piece] = []
     algorithm, dummy_prefix, charsmap = 1, True, False  # protobuf's defaults
     for field, value in _fields(data):
         if field == 1:
+            if len(pieces) == max_pieces:
+                raise SourceError(f"more pieces than the {max_pieces} of vocab_size", where=FILE)
             pieces.append(_piece(_message(value), len(pieces)))
         elif field == 2:
             for inner, content in _fields(_message(value)):

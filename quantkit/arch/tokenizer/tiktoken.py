@@ -71,11 +71,10 @@ def _require_kimi(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Non
 
 def _parse(data: bytes, vocab_size: int) -> dict[bytes, int]:
     """Token bytes -> rank, in rank order, of lines `base64 rank`; every rank and byte once."""
+    n_lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    if n_lines > vocab_size:
+        raise SourceError(f"{n_lines} ranks for a vocabulary of {vocab_size}", where=FILE)
     lines = data.splitlines()
-    while lines and not lines[-1]:
-        lines.pop()
-    if len(lines) > vocab_size:
-        raise SourceError(f"{len(lines)} ranks for a vocabulary of {vocab_size}", where=FILE)
     slots: list[bytes | None] = [None] * len(lines)
     for number, line in enumerate(lines, 1):
         token, rank = _parse_line(line, f"{FILE}:{number}")

@@ -77,6 +77,10 @@ def is_text(text: str) -> bool:
     return True
 
 
+# How SentencePiece spells the bytes of a character that has no piece.
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
 def placeholder(token_id: int) -> str:
     """The text of an embedding row that no token uses."""
     return f"[PAD{token_id}]"
@@ -98,6 +102,14 @@ def looks_special(text: str) -> bool:
 def added_type(text: str, special: bool) -> TokenType:
     """The type of a token that was added to a trained vocabulary."""
     return TokenType.CONTROL if special or looks_special(text) else TokenType.USER_DEFINED
+
+
+def user_text(piece: str, kind: TokenType) -> str:
+    """A SentencePiece-style token as llama.cpp compares it.
+
+    It looks for user-defined tokens in the text as it was written, with real spaces.
+    """
+    return piece.replace("▁", " ") if kind is TokenType.USER_DEFINED else piece
 
 
 # GPT-2's spelling of bytes as printable characters: what Latin-1 prints stands for itself, the

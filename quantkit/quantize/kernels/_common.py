@@ -72,3 +72,13 @@ def block_weights(
 def helper(function: F) -> F:
     """Compile a function that only kernels call: it becomes part of their cached code."""
     return nb.njit(nogil=True, fastmath=False, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+def uniform_or(importance: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    """The importance of the columns of `x`, ones where there is none."""
+    return np.ones(x.shape[1], np.float32) if importance is None else importance
+
+
+def read_f16(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The f16 at byte `at` of every block, f32[blocks, 1]."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)

@@ -117,14 +117,17 @@ def lay_samples(
     """Lay each block's samples over `span` (lowest, highest scale) times its weighted rms."""
     size = SUPER // n_blocks
     for block in range(n_blocks):
-        square = np.float32(0.0)
-        weight = np.float32(0.0)
+        w1 = np.float32(0.0)
+        w2 = np.float32(0.0)
+        w3 = np.float32(0.0)
         for i in range(block * size, (block + 1) * size):
-            square += w[i] * x[i] * x[i]
-            weight += w[i]
-        rms = max(np.sqrt(square / weight), np.float32(1e-9))
-        first[block] = rms * span[0]
-        step[block] = rms * (span[1] - span[0]) / np.float32(n_samples - 1)
+            square = w[i] * x[i] * x[i]
+            w1 += w[i]
+            w2 += square
+            w3 += square * abs(x[i])
+        centre = np.sqrt(np.sqrt(w2 / w1) * (w3 / w2)) if w3 > 0 else np.float32(1e-9)
+        first[block] = centre * span[0]
+        step[block] = centre * (span[1] - span[0]) / np.float32(n_samples - 1)
 
 
 @helper
@@ -157,9 +160,27 @@ def best_scales(
 
 
 @helper
+def find_bends(values: np.ndarray, n_blocks: int, n_samples: int, bends: np.ndarray) -> None:
+    """How far v sags below the chord from sample k to k + 1: bends[k] * t (1 - t)."""
+    for at in range(0, n_blocks, LANES):
+        last = splat8(np.float32(0.0))
+        for k in range(n_samples - 1):
+            i = k * n_blocks + at
+            here = last
+            if k < n_samples - 2:
+                left = load8(values, i)
+                middle = load8(values, i + n_blocks)
+                here = (left - middle) - (middle - load8(values, i + 2 * n_blocks))
+            if k == 0:
+                last = here
+            store(bends, i, (last + here) * np.float32(0.25))
+            last = here
+
+
+@helper
 def block_gains(
-    values: np.ndarray, n_blocks: int, at: int, n_samples: int, first: np.ndarray,
-    step: np.ndarray, best: np.ndarray, unit: Any, top: Any,
+    values: np.ndarray, bends: np.ndarray, n_blocks: int, at: int, n_samples: int,
+    first: np.ndarray, step: np.ndarray, best: np.ndarray, unit: Any, top: Any,
 ) -> Any:
     """What blocks at..at+7 save at their best l <= top, and that l (as f32)."""
     begin = load8(first, at)
@@ -176,7 +197,9 @@ def block_gains(
         index = k * np.int32(n_blocks) + lanes
         low = take(values, index)
         high = take(values, index + np.int32(n_blocks))
-        here = s * fma(high - low, t - as_f32(k), low)
+        t = t - as_f32(k)
+        bend = take(bends, index) * minimum(maximum(t, np.float32(0.0)), np.float32(1.0))
+        here = s * fma(bend, t - np.float32(1.0), fma(high - low, t, low))
         better = here > gain
         gain = select(better, here, gain)
         chosen = select(better, l, chosen)
@@ -185,8 +208,8 @@ def block_gains(
 
 @helper
 def fit_unit(
-    values: np.ndarray, n_blocks: int, n_samples: int, first: np.ndarray, step: np.ndarray,
-    best: np.ndarray, tries: np.ndarray, top: Any,
+    values: np.ndarray, bends: np.ndarray, n_blocks: int, n_samples: int,
+    first: np.ndarray, step: np.ndarray, best: np.ndarray, tries: np.ndarray, top: Any,
 ) -> Any:
     """The unit with which all blocks together save most, out of `tries` times the largest scale."""
     peak = np.float32(0.0)
@@ -199,7 +222,7 @@ def fit_unit(
         saved = np.float32(0.0)
         for at in range(0, n_blocks, LANES):
             saved += total(
-                block_gains(values, n_blocks, at, n_samples, first, step, best, unit, top)[0]
+                block_gains(values, bends, n_blocks, at, n_samples, first, step, best, unit, top)[0]
             )
         if saved > most:
             most = saved
@@ -209,10 +232,10 @@ def fit_unit(
 
 @helper
 def choose_levels(
-    values: np.ndarray, n_blocks: int, n_samples: int, first: np.ndarray, step: np.ndarray,
-    best: np.ndarray, unit: Any, top: Any, l: np.ndarray,
+    values: np.ndarray, bends: np.ndarray, n_blocks: int, n_samples: int,
+    first: np.ndarray, step: np.ndarray, best: np.ndarray, unit: Any, top: Any, l: np.ndarray,
 ) -> None:
     """The l of every block for a given unit."""
     for at in range(0, n_blocks, LANES):
-        gains = block_gains(values, n_blocks, at, n_samples, first, step, best, unit, top)
+        gains = block_gains(values, bends, n_blocks, at, n_samples, first, step, best, unit, top)
         store(l, at, as_i32(gains[1]))

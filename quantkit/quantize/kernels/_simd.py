@@ -124,7 +124,7 @@ def _comparison(symbol: str) -> Callable[[Any, Any, Any, str], Any]:
 _operator(operator.add, _arithmetic("fadd", "add"))
 _operator(operator.sub, _arithmetic("fsub", "sub"))
 _operator(operator.mul, _arithmetic("fmul", "mul"))
-_operator(operator.truediv, _arithmetic("fdiv", "sdiv"))
+_operator(operator.truediv, _arithmetic("fdiv", "sdiv"))  # integers: towards zero
 _operator(operator.and_, _arithmetic("and_", "and_"))
 _operator(operator.or_, _arithmetic("or_", "or_"))
 _operator(operator.lshift, _arithmetic("shl", "shl"))

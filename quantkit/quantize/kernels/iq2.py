@@ -35,6 +35,7 @@ def _encode(
     a = np.empty(GROUPS * n, np.float32)
     b = np.empty(GROUPS * n, np.float32)
     values = np.empty(blocks * samples, np.float32)
+    bends = np.empty(blocks * samples, np.float32)
     part = np.empty(samples, np.float32)
     first = np.empty(blocks, np.float32)
     step = np.empty(blocks, np.float32)
@@ -73,7 +74,8 @@ def _encode(
                 for i in range(samples):
                     values[i * blocks + k] += part[i]
             best_scales(values, blocks, samples, first, step, best)
-            unit = fit_unit(values, blocks, samples, first, step, best, tries, np.float32(15))
+            find_bends(values, blocks, samples, bends)
+            unit = fit_unit(values, bends, blocks, samples, first, step, best, tries, np.float32(15))
             for it in range(refits):
                 db = f16_bits(min(unit * up * np.float32(8.0), np.float32(65504.0)))
                 d = f16_value(db)
@@ -82,7 +84,7 @@ def _encode(
                     break
                 num = np.float32(0.0)
                 den = np.float32(0.0)
-                choose_levels(values, blocks, samples, first, step, best, unit, np.float32(15), ls)
+                choose_levels(values, bends, blocks, samples, first, step, best, unit, np.float32(15), ls)
                 for k in range(blocks):
                     m = np.float32(2 * ls[k] + 1)
                     for g in range(k * per, (k + 1) * per):

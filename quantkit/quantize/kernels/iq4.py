@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
 from quantkit.quantize.kernels._simd import (
     as_i32,
     fma,
@@ -153,3 +153,68 @@ def _encode_xs(
             for k in range(4):
                 s0, s1 = np.int32(found[2 * k]) + 32, np.int32(found[2 * k + 1]) + 32
                 out[r, at + 4 + k] = (s0 & 15) | (s1 & 15) << 4
+
+
+def _both_signs(low: float, high: float, n: int) -> np.ndarray:
+    ks = np.linspace(low, high, n).astype(np.float32)
+    return np.concatenate([ks, -ks])
+
+
+_SCANS: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_both_signs(95, 165, 8), 2),
+    "default": (_both_signs(90, 180, 24), 3),
+    "best": (_both_signs(80, 200, 80), 3),
+}
+_PLANS: dict[Effort, Any] = {
+    effort: (
+        _both_signs(90, 180, n),
+        np.array(starts, np.float32),
+        np.arange(-radius, radius + 1, dtype=np.float32),
+        rounds,
+    )
+    for effort, n, starts, radius, rounds in (
+        ("fast", 8, [-1], 1, 1),
+        ("default", 16, [-1, 1], 1, 2),
+        ("best", 32, [-1, 1, -1.05, 1.05], 3, 3),
+    )
+}
+
+
+def _encode_nl_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
+    out = np.empty((x.shape[0], GgmlType.IQ4_NL.row_bytes(x.shape[1])), np.uint8)
+    ggml = how.weighting == "ggml"
+    _encode_nl(x, uniform_or(importance, x), ggml, *_SCANS[how.effort], out)
+    return out
+
+
+def _encode_xs_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
+    out = np.empty((x.shape[0], GgmlType.IQ4_XS.row_bytes(x.shape[1])), np.uint8)
+    ggml = how.weighting == "ggml"
+    _encode_xs(x, uniform_or(importance, x), ggml, _PLANS[how.effort], out)
+    return out
+
+
+def _levels_of(nibbles: np.ndarray) -> np.ndarray:
+    """u8[..., 16] -> f32[..., 32]."""
+    return LEVELS[np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)]
+
+
+def _decode_nl(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 18)
+    return (read_f16(b, 0) * _levels_of(b[:, 2:])).reshape(len(blocks), -1)
+
+
+def _decode_xs(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 136)
+    low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    high = np.concatenate([b[:, 2:3] >> k & 3 for k in (0, 2, 4, 6)], axis=1)
+    high = np.concatenate([high, *(b[:, 3:4] >> k & 3 for k in (0, 2, 4, 6))], axis=1)
+    scale = read_f16(b, 0) * ((low | high << 4).astype(np.float32) - 32)
+    levels = _levels_of(b[:, 8:].reshape(-1, 8, 16))
+    return (scale[:, :, None] * levels).reshape(len(blocks), -1)
+
+
+CODECS = (
+    Codec(GgmlType.IQ4_NL, _encode_nl_blocks, _decode_nl),
+    Codec(GgmlType.IQ4_XS, _encode_xs_blocks, _decode_xs),
+)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
 from quantkit.quantize.kernels._simd import (
     as_i32,
     lane,
@@ -198,10 +198,6 @@ _TRIES5: dict[Effort, tuple[np.ndarray, int]] = {
 }
 
 
-def _weights(x: Tile, importance: Importance | None) -> Importance:
-    return np.ones(x.shape[1], np.float32) if importance is None else importance
-
-
 def _scaled(
     type_: GgmlType, low: int, high: int, searches: dict[Effort, tuple[np.ndarray, int]]
 ) -> Codec:
@@ -211,7 +207,7 @@ def _scaled(
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
         # llama.cpp has no weighting of its own for Q8_0.
         ggml = how.weighting == "ggml" and type_ is not GgmlType.Q8_0
-        _encode_scaled(x, _weights(x, importance), ggml, bounds, searches[how.effort], out)
+        _encode_scaled(x, uniform_or(importance, x), ggml, bounds, searches[how.effort], out)
         return out
 
     def decode(blocks: Blocks) -> Tile:
@@ -220,7 +216,7 @@ def _scaled(
             q = b[:, 2:].view(np.int8).astype(np.float32)
         else:
             q = _read_codes(b[:, 2:], high > 7) + np.float32(low)
-        return (_read_f16(b, 0) * q).reshape(len(blocks), -1)
+        return (read_f16(b, 0) * q).reshape(len(blocks), -1)
 
     return Codec(type_, encode, decode)
 
@@ -232,19 +228,15 @@ def _affine(
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
         ggml = how.weighting == "ggml"
         search = searches[how.effort]
-        _encode_affine(x, _weights(x, importance), ggml, np.float32(top), search, out)
+        _encode_affine(x, uniform_or(importance, x), ggml, np.float32(top), search, out)
         return out
 
     def decode(blocks: Blocks) -> Tile:
         b = blocks.reshape(-1, type_.block_bytes)
         q = _read_codes(b[:, 4:], top > 15)
-        return (q * _read_f16(b, 0) + _read_f16(b, 2)).reshape(len(blocks), -1)
+        return (q * read_f16(b, 0) + read_f16(b, 2)).reshape(len(blocks), -1)
 
     return Codec(type_, encode, decode)
-
-
-def _read_f16(b: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(b[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
 def _read_codes(b: np.ndarray, fifth_bits: bool) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
 from quantkit.quantize.kernels._simd import (
     fill,
     lane,
@@ -205,5 +205,133 @@ def _encode_affine(
                 _put_q45(out[r], b * block_bytes, x[r], begin, d0, dmin0, found, top)
 
 
-def _grid(*axes: Any) -> np.ndarray:
-    return np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], 1).astype(np.float32)
+def _scan(low: float, high: float, n: int) -> np.ndarray:
+    return np.linspace(low, high, n).astype(np.float32)
+
+
+def _pairs(*axes: Any) -> np.ndarray:
+    grid = np.meshgrid(*axes, indexing="ij")
+    return np.stack([g.ravel() for g in grid], axis=1).astype(np.float32)
+
+
+def _affine_plan(top: int, effort: Effort) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(tries, starts, moves, rounds) of `search_affine`."""
+    if effort == "fast":
+        tries = _pairs(top * _scan(0.95, 1.3, 6), (0, 0.5, 1))
+        return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), 1
+    if effort == "default":
+        tries = _pairs(top * _scan(0.92, 1.35, 9), (0, 0.5, 1))
+        return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), 2
+    tries = _pairs(top * _scan(0.9, 1.4, 21), _scan(0, 1, 5))
+    starts = np.array([(1, 1), (0.95, 1), (1, 0.95), (1.05, 1.05)], np.float32)
+    return tries, starts, _pairs(range(-2, 3), range(-2, 3)), 3
+
+
+def _scaled_plan(steps: int, effort: Effort) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(ks, starts, moves, rounds) of `scaled_searcher`."""
+    # Coarse codes profit from cutting off the tails, fine ones from many alignments.
+    reach = 1.6 if steps < 8 else 1.25
+    n = {"fast": 6, "default": 16, "best": 40}[effort]
+    ks = steps * _scan(0.85, reach, n)
+    starts = {"fast": [-1], "default": [-1, 1], "best": [-1, 1, -1.03, 1.03, -1.06, 1.06]}[effort]
+    radius = {"fast": 1, "default": 1, "best": 3}[effort]
+    moves = np.arange(-radius, radius + 1, dtype=np.float32)
+    rounds = {"fast": 1, "default": 2, "best": 3}[effort]
+    return np.concatenate([ks, -ks]), np.array(starts, np.float32), moves, rounds
+
+
+def _affine(type_: GgmlType, top: int, limit: int, c: float) -> Codec:
+    form = (np.float32(top), np.float32(limit))
+
+    def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
+        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        constant = np.float32(c if how.weighting == "ggml" else 0.0)
+        plan = _affine_plan(top, how.effort)
+        _encode_affine(x, uniform_or(importance, x), constant, form, plan, out)
+        return out
+
+    return Codec(type_, encode, _decode_q2 if top == 3 else _decode_q4 if top == 15 else _decode_q5)
+
+
+def _scaled(type_: GgmlType, steps: int, limit: int, c: float) -> Codec:
+    form = tuple(np.float32(v) for v in (-steps, steps - 1, -limit, limit - 1))
+
+    def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
+        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        constant = np.float32(c if how.weighting == "ggml" else 0.0)
+        plan = _scaled_plan(steps, how.effort)
+        _encode_scaled(x, uniform_or(importance, x), constant, form, plan, out)
+        return out
+
+    return Codec(type_, encode, _decode_q3 if steps == 4 else _decode_q6)
+
+
+def _two_bits(b: np.ndarray) -> np.ndarray:
+    """u8[n, 64] -> codes u8[n, 256]: element 128 h + 32 k + l at bits 2 k of byte 32 h + l."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (b.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, SUPER)
+
+
+def _decode_q2(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 84)
+    scale = read_f16(b, 80) * (b[:, :16] & 15)
+    base = read_f16(b, 82) * (b[:, :16] >> 4)
+    q = _two_bits(b[:, 16:80]).reshape(-1, 16, 16)
+    return (scale[:, :, None] * q - base[:, :, None]).reshape(len(blocks), -1)
+
+
+def _decode_q3(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 110)
+    low, high = b[:, 96:104], b[:, 104:108]
+    nibbles = np.concatenate([low & 15, low >> 4], axis=1)
+    tops = np.concatenate([high >> k & 3 for k in (0, 2, 4, 6)], axis=1)
+    scale = read_f16(b, 108) * ((nibbles | tops << 4).astype(np.float32) - 32)
+    third = b[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    q = _two_bits(b[:, 32:96]) | third.reshape(-1, SUPER) << 2
+    q = q.reshape(-1, 16, 16).astype(np.float32) - 4
+    return (scale[:, :, None] * q).reshape(len(blocks), -1)
+
+
+def _scales_and_mins(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """d s and dmin m f32[n, 8, 1] from the first 16 bytes of Q4_K and Q5_K."""
+    low, mid, high = b[:, 4:8], b[:, 8:12], b[:, 12:16]
+    s = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=1)
+    m = np.concatenate([mid & 63, high >> 4 | mid >> 6 << 4], axis=1)
+    return (read_f16(b, 0) * s)[:, :, None], (read_f16(b, 2) * m)[:, :, None]
+
+
+def _decode_q4(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 144)
+    scale, base = _scales_and_mins(b)
+    pairs = b[:, 16:].reshape(-1, 4, 32)
+    q = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32)
+    return (scale * q - base).reshape(len(blocks), -1)
+
+
+def _decode_q5(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 176)
+    scale, base = _scales_and_mins(b)
+    pairs = b[:, 48:].reshape(-1, 4, 32)
+    q = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32)
+    fifth = b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return (scale * (q | fifth << 4) - base).reshape(len(blocks), -1)
+
+
+def _decode_q6(blocks: Blocks) -> Tile:
+    b = blocks.reshape(-1, 210)
+    low = b[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
+    high = b[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    q = low.reshape(-1, SUPER) | high.reshape(-1, SUPER) << 4
+    scale = read_f16(b, 208) * np.ascontiguousarray(b[:, 192:208]).view(np.int8)
+    q = q.reshape(-1, 16, 16).astype(np.float32) - 32
+    return (scale[:, :, None] * q).reshape(len(blocks), -1)
+
+
+# c is the constant of llama.cpp's weights q sqrt(c mean(x^2) + x^2); Q6_K has none.
+CODECS = (
+    _affine(GgmlType.Q2_K, 3, 15, 1.0),
+    _affine(GgmlType.Q4_K, 15, 63, 2.0),
+    _affine(GgmlType.Q5_K, 31, 63, 2.0),
+    _scaled(GgmlType.Q3_K, 4, 32, 2.0),
+    _scaled(GgmlType.Q6_K, 32, 128, 0.0),
+)

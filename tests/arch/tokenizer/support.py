@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def write_vocab_gguf(path: Path, kvs: Mapping[str, Kv]) -> Path:
     return path
 
 
+def ranks_file(tokens: Iterable[bytes]) -> bytes:
+    """A `tiktoken.model`: the tokens in rank order."""
+    lines = (b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    return b"\n".join(lines) + b"\n"
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
 # Plain prose and code: every splitter and its regex agree on these.
 ASCII = [
     "Hello, world!",
@@ -83,8 +93,8 @@ ASCII = [
     "https://example.org/a/b?c=d&e=f#g",
     "user@example.com",
     "SELECT * FROM t WHERE a = 'b';",
-    "<html><body class=\"x\">text</body></html>",
-    "{\"key\": [1, 2, null, true]}",
+    '<html><body class="x">text</body></html>',
+    '{"key": [1, 2, null, true]}',
     "# comment\n\tindented\n",
     "'s 't 're 've 'm 'll 'd 'S 'RE",
     "a'b'c ''d'' ' e",
@@ -127,4 +137,6 @@ MARKS = [
     "مَرْحَبًا",
     "x\u0303\u0304y",
 ]
-TEXTS = [*ASCII, *UNICODE, *MARKS]
+# Han characters that are no ideographs, and a contraction with a long s.
+ODDITIES = ["人々の日々", "二〇二六年", "⽔と⺡", "it'\u017f"]
+TEXTS = [*ASCII, *UNICODE, *MARKS, *ODDITIES]
