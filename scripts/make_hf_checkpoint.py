@@ -279,8 +279,11 @@ FAMILIES = {
         _DEEPSEEK
         | {
             "q_lora_rank": None,
+            "num_hidden_layers": 27,  # by which llama.cpp knows a V2-Lite
+            "hidden_size": 64,
+            "intermediate_size": 128,
             "n_shared_experts": 2,
-            "moe_intermediate_size": 128,
+            "moe_intermediate_size": 64,
             "routed_scaling_factor": 1.0,
             "norm_topk_prob": False,
             "topk_method": "greedy",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -36,19 +37,42 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def recorded(out: Path) -> int:
-    """Tiles that the journals of unfinished files hold."""
-    lines = (line for path in out.glob(".*.journal") for line in path.read_bytes().splitlines(True))
-    return sum(bool(re.fullmatch(rb"tile \d+ \d+ [0-9a-f]{64}\n", line)) for line in lines)
+    """Tiles that are done: those of finished files, and those that journals hold."""
+    count = tiles_of(out)
+    for path in out.glob(".*.journal"):
+        if (out / f"{path.name[1:].removesuffix('.journal')}.manifest.json").exists():
+            continue
+        try:
+            journal = path.read_bytes()
+        except FileNotFoundError:  # finished just now
+            continue
+        count += len(re.findall(rb"^tile \d+ \d+ [0-9a-f]{64}\n", journal, re.MULTILINE))
+    return count
 
 
-def run_until(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Let it run that long, then SIGKILL its whole group; True if it ended by itself."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return False
+def tiles_of(folder: Path) -> int:
+    """Tiles of the finished files, from their manifests."""
+    count = 0
+    for path in folder.glob("*.manifest.json"):
+        for shard in json.loads(path.read_text("utf-8"))["shards"]:
+            for tensor in shard["tensors"]:
+                slab = tensor["n_bytes"] // tensor["n_slabs"]
+                count += tensor["n_slabs"] * -(-slab // tensor["chunk_bytes"])
+    return count
+
+
+def run_until(process: subprocess.Popen[bytes], out: Path, n_tiles: int, seconds: float) -> bool:
+    """Let it run until so many tiles are recorded or so long, then SIGKILL its whole group.
+
+    True if it ended by itself.
+    """
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        if recorded(out) >= n_tiles or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+        time.sleep(0.001)
     return True
 
 
@@ -63,15 +87,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         golden = Path(scratch) / "golden"
         start = time.monotonic()
-        subprocess.run(command(options.model, options.recipe, golden), check=True, capture_output=True)
+        subprocess.run(
+            command(options.model, options.recipe, golden), check=True, capture_output=True
+        )
         whole = time.monotonic() - start
         expected = digests(golden)
         print(f"undisturbed: {whole:.2f} s, {len(expected)} files")
+        n_tiles = tiles_of(golden)
         n_kills = n_bad = round_ = 0
         while n_kills < options.kills:
             out = Path(scratch) / f"run-{round_}"
             round_ += 1
-            kills, bad = one_conversion(options, out, expected, whole, rng)
+            kills, bad = one_conversion(options, out, expected, (n_tiles, whole), rng)
             n_kills, n_bad = n_kills + kills, n_bad + bad
         print(f"{n_kills} kills over {round_} conversions, {n_bad} failures")
         return 1 if n_bad else 0
@@ -81,11 +108,16 @@ def one_conversion(
     options: argparse.Namespace,
     out: Path,
     expected: dict[str, str],
-    whole: float,
+    length: tuple[int, float],
     rng: random.Random,
 ) -> tuple[int, int]:
-    """Kill one conversion up to five times, then let it finish. Gives (kills, failures)."""
+    """Kill one conversion up to five times, then let it finish. Gives (kills, failures).
+
+    Most kills come when a random number of tiles is done, some at a random time: while planning,
+    between the files, or while they get their names.
+    """
     kills = bad = 0
+    n_tiles, whole = length
     while True:
         before = recorded(out)
         process = subprocess.Popen(
@@ -94,14 +126,18 @@ def one_conversion(
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        limit = rng.uniform(0.0, whole) if kills < 5 else 600.0
-        if run_until(process, limit):
+        at_tile, at_time = sys.maxsize, 600.0
+        if kills < 5 and rng.random() < 0.7:
+            at_tile = rng.randint(1, n_tiles)
+        elif kills < 5:
+            at_time = rng.uniform(0.0, whole)
+        if run_until(process, out, at_tile, at_time):
             if process.returncode:
                 print(process.stderr.read().decode() if process.stderr else "")
             break
         kills += 1
         after = recorded(out)
-        print(f"killed after {limit:.2f} s: {before} tiles before, {after} after")
+        print(f"killed: {before} tiles before, {after} of {n_tiles} after")
         if after < before and list(out.glob("*.partial")):
             print("tiles were lost")
             bad += 1

@@ -33,6 +33,7 @@ class DeepSeek:
     def describe(self, config: Config, weights: WeightMap) -> Model:
         """See `Family.describe`."""
         n_layers = config.count("num_hidden_layers")
+        _check_lite(config, n_layers)
         for name in weights.names():
             layer = _LAYER.match(name)
             if layer and int(layer[1]) >= n_layers:
@@ -232,6 +233,18 @@ def _mlp(
         )
         for part, shape in _parts(width, hidden)
     ]
+
+
+def _check_lite(config: Config, n_layers: int) -> None:
+    """llama.cpp expects `q_lora_rank` unless the number of layers is that of a lite model."""
+    looks_lite = n_layers in (26, 27) or (n_layers == 48 and config.count("vocab_size") == 128256)
+    if looks_lite == config.has("q_lora_rank"):
+        what = "with" if looks_lite else "without"
+        raise UnsupportedError(
+            f"{n_layers} layers {what} q_lora_rank",
+            where="config.json",
+            hint="llama.cpp knows a V2-Lite by its 26 or 27 layers and would misread this model",
+        )
 
 
 def _has_moe(config: Config) -> bool:

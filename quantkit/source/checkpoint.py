@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -135,14 +136,18 @@ def _read_headers(folder: Folder, files: ShardFiles) -> tuple[dict[str, TensorRe
     tensors: dict[str, TensorRef] = {}
     digests: dict[str, str] = {}
     for file, expected in find_shards(folder).items():
-        with files.use(file) as fd:
-            raw, n_file_bytes = read_header(fd, file)
+        n_file_bytes = files.size(file)
+        raw = read_header(partial(_read, files, file), n_file_bytes, file)
         refs = parse_header(raw, n_file_bytes, file)
         if expected is not None:
             check_against_index(file, refs, expected)
         add_tensors(tensors, refs)
         digests[file] = hashlib.sha256(raw).hexdigest()
     return tensors, digests
+
+
+def _read(files: ShardFiles, file: str, offset: int, n_bytes: int) -> bytes:
+    return files.read(file, offset, n_bytes).tobytes()
 
 
 @contextmanager

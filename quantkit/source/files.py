@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +45,9 @@ class ShardFiles:
         self._open: OrderedDict[str, _Open] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._closed = False
+        # Without posix_fadvise, as on macOS, pages are left to the system.
+        n_pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "posix_fadvise") else 2**62
+        self._n_memory = n_pages * os.sysconf("SC_PAGE_SIZE")
 
     @contextmanager
     def use(self, file: str) -> Iterator[int]:
@@ -79,7 +81,8 @@ class ShardFiles:
                     )
                 done += n_read
             self._check_unchanged(file, fd)
-            if self._drops_pages and n_bytes:
+            if n_bytes and 2 * self.n_bytes > self._n_memory:
+                # Of a model that does not fit, no page is there when it is wanted again.
                 os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
         return data
 
@@ -89,13 +92,10 @@ class ShardFiles:
             self._closed = True
             self._shrink()
 
-    @cached_property
-    def _drops_pages(self) -> bool:
-        """Whether read pages are better given back: the model is larger than half the memory."""
-        if not hasattr(os, "posix_fadvise"):
-            return False
-        n_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 2 * self.n_bytes > n_memory
+    def size(self, file: str) -> int:
+        """Bytes of `file` when it was first opened."""
+        with self.use(file):
+            return self.stamps[file][0]
 
     @property
     def n_bytes(self) -> int:

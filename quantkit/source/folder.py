@@ -100,7 +100,10 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of everything in the folder, sorted."""
-        return sorted(os.listdir(self.root))  # noqa: PTH208  (names, not paths)
+        try:
+            return sorted(os.listdir(self.root))  # noqa: PTH208  (names, not paths)
+        except OSError as error:
+            raise _io_error("listed", self.root, error) from error
 
     def open_shard(self, name: str) -> int:
         """A read-only descriptor of a safetensors file; the caller closes it."""
@@ -113,8 +116,11 @@ class Folder:
             return None
         self._check_link(name)
         fd = self._open(name)
-        with os.fdopen(fd, "rb") as file:
-            raw = file.read(max_bytes + 1)
+        try:
+            with os.fdopen(fd, "rb") as file:
+                raw = file.read(max_bytes + 1)
+        except OSError as error:
+            raise _io_error("read", Path(where), error) from error
         if len(raw) > max_bytes:
             raise SourceError(f"is larger than the {max_bytes:,} bytes allowed", where=where)
         return raw
@@ -157,6 +163,9 @@ class Folder:
                     return fd
                 os.close(fd)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise SourceError(f"cannot be opened: {reason}", where=str(path)) from error
+            raise _io_error("opened", path, error) from error
         raise SourceError("is not a regular file", where=str(path))
+
+
+def _io_error(verb: str, path: Path, error: OSError) -> SourceError:
+    return SourceError(f"cannot be {verb}: {error.strerror or error}", where=str(path))

@@ -9,7 +9,7 @@ reader refuses is listed in `tests/source/test_header_differential.py`.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -31,13 +31,14 @@ _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 _HINT = "the file is damaged or not safetensors; download it again"
 
 
-def read_header(fd: int, file: str) -> tuple[bytes, int]:
-    """The raw header of an open file and the file's size, both bounded before any allocation."""
-    n_file_bytes = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if len(prefix) < 8:
+def read_header(read: Callable[[int, int], bytes], n_file_bytes: int, file: str) -> bytes:
+    """The JSON of a file's header, its length checked before anything is allocated.
+
+    `read(offset, n_bytes)` gives exactly the bytes asked for, which are always inside the file.
+    """
+    if n_file_bytes < 8:
         raise SourceError("is shorter than the 8 bytes of a header length", where=file, hint=_HINT)
-    n_header = int.from_bytes(prefix, "little")
+    n_header = int.from_bytes(read(0, 8), "little")
     if n_header > MAX_HEADER_BYTES:
         raise SourceError(
             f"header of {n_header:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed",
@@ -48,10 +49,7 @@ def read_header(fd: int, file: str) -> tuple[bytes, int]:
         raise SourceError(
             f"header of {n_header:,} bytes in a file of {n_file_bytes:,}", where=file, hint=_HINT
         )
-    raw = os.pread(fd, n_header, 8)
-    if len(raw) != n_header:
-        raise SourceError("was truncated while its header was read", where=file, hint=_HINT)
-    return raw, n_file_bytes
+    return read(8, n_header)
 
 
 def parse_header(raw: bytes, n_file_bytes: int, file: str) -> list[TensorRef]:

@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["group_weights", "read_tile", "repack_q4_0"]
 
-
 Tile = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _NUMPY: dict[str, type[np.generic]] = {
-    "F32": np.float32,
-    "F16": np.float16,
+    "F32": np.uint32,
+    "F16": np.uint16,
     "BF16": np.uint16,
     "I32": np.int32,
     "I64": np.int64,
     "F8_E4M3": np.uint8,
 }
+# The exponent that only NaN and infinity have, in the bits of each float.
+_NONFINITE = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F}
 _HINT = "download the file again; if its checksum is right, the model itself is broken"
 
 
@@ -64,9 +65,9 @@ def repack_q4_0(
     """Rows of an INT4_G32 weight as GGML Q4_0, without any rounding.
 
     Gives the blocks u8[rows, cols / 32 * 18], how many of them are inexact, and which:
-    bool[rows, cols / 32]. A block is inexact if its scale is no f16 (BF16 scales are from 2^-17 to
-    65280); its bytes are not valid and the caller encodes it from `read_tile`. Decoding the other
-    blocks gives exactly `read_tile`. Raises as `read_tile` does.
+    bool[rows, cols / 32]. A block is inexact if its scale is no f16, which every BF16 from 2^-17
+    to 65280 is; its bytes are not valid and the caller encodes it from `read_tile`. Decoding the
+    other blocks gives exactly `read_tile`. Raises as `read_tile` does.
     """
     if weight.format is not WeightFormat.INT4_G32:
         raise ValueError(f"{weight.name} is stored as {weight.format}, not as INT4")
@@ -97,7 +98,7 @@ def _check_rows(weight: Weight, row_begin: int, row_end: int) -> None:
 
 
 def _read_rows(checkpoint: Checkpoint, ref: TensorRef, begin: int, end: int) -> npt.NDArray[Any]:
-    """Rows of a stored tensor, leading axes flattened, in the numpy type of its dtype."""
+    """Rows of a stored tensor, leading axes flattened; floats as the integers of their bits."""
     n_rows = prod(ref.shape[:-1])
     row_bytes = ref.n_bytes // n_rows
     raw = checkpoint.pread(ref, begin * row_bytes, (end - begin) * row_bytes)
@@ -107,15 +108,24 @@ def _read_rows(checkpoint: Checkpoint, ref: TensorRef, begin: int, end: int) -> 
 
 def _read_plain(checkpoint: Checkpoint, ref: TensorRef, begin: int, end: int) -> Tile:
     stored = _read_rows(checkpoint, ref, begin, end)
-    if ref.dtype == "BF16":
+    kernels = _kernels()
+    if ref.dtype == "F32":
+        tile = stored.view(np.float32)
+        sound = kernels.all_finite(stored.ravel())
+    elif ref.dtype == "F16":
         tile = np.empty(stored.shape, np.float32)
-        sound = _kernels().expand_bf16(stored.ravel(), tile.view(np.uint32).ravel())
+        sound = kernels.expand_f16(stored.ravel(), tile.ravel())
     else:
-        tile = stored.astype(np.float32, copy=False)
-        sound = _kernels().all_finite(tile.view(np.uint32).ravel())
+        tile = np.empty(stored.shape, np.float32)
+        sound = kernels.expand_bf16(stored.ravel(), tile.view(np.uint32).ravel())
     if not sound:
-        raise _nonfinite(ref, ~np.isfinite(tile), begin, "NaN or infinity")
+        raise _nonfinite(ref, _nonfinite_codes(ref, stored), begin, "NaN or infinity")
     return tile
+
+
+def _nonfinite_codes(ref: TensorRef, codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    mask = _NONFINITE[ref.dtype]
+    return np.asarray((codes & mask) == mask)
 
 
 def _read_scales(
@@ -141,10 +151,7 @@ def _read_int4(checkpoint: Checkpoint, weight: Weight, begin: int, end: int) -> 
     packed, scales = _int4_parts(checkpoint, weight, begin, end)
     tile = np.empty((end - begin, weight.n_cols), np.float32)
     _kernels().expand_int4(
-        packed.view(np.uint8).reshape(-1, 16),
-        scales.ravel(),
-        _int4_levels(),
-        tile.reshape(-1, 16, 2),
+        packed.view(np.uint8).reshape(-1, 16), scales.ravel(), tile.reshape(-1, 32)
     )
     return tile
 
@@ -161,11 +168,9 @@ def _read_fp8(checkpoint: Checkpoint, weight: Weight, begin: int, end: int) -> T
     first, last = int(scale_rows[0]), int(scale_rows[-1])
     scales = _read_scales(checkpoint, scale, first, last + 1, largest_level=448)
     codes = _read_rows(checkpoint, weight.data, begin, end)
-    sound = _kernels().expand_fp8(
-        codes, scales, scale_rows - first, block_cols, _fp8_values(), tile
-    )
+    sound = _kernels().expand_fp8(codes, scales, scale_rows - first, block_cols, tile)
     if not sound:
-        raise _nonfinite(weight.data, np.isnan(tile), begin, "NaN")
+        raise _nonfinite(weight.data, _nonfinite_codes(weight.data, codes), begin, "NaN")
     return tile
 
 
@@ -199,20 +204,3 @@ def _nonfinite(
         where=f"{ref.file}: {ref.name}",
         hint=_HINT,
     )
-
-
-@cache
-def _int4_levels() -> Tile:
-    """The two levels of each byte, f32[256, 2]."""
-    byte = np.arange(256)
-    return np.stack([byte % 16 - 8, byte // 16 - 8], axis=1).astype(np.float32)
-
-
-@cache
-def _fp8_values() -> Tile:
-    """The value of each F8_E4M3 code, f32[256]; the two codes 0x7F and 0xFF are NaN."""
-    code = np.arange(256)
-    exponent, fraction = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
-    size[(code & 0x7F) == 0x7F] = np.nan
-    return np.where(code < 128, size, -size).astype(np.float32)

@@ -204,7 +204,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "code", "named"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("spoil", "code", "named"), CASES, ids=lambda v: getattr(v, "__name__", "")
+)
 def test_bad_input_is_one_message_and_no_file(convert, model, tmp_path, spoil, code, named):
     spoil(model)
     done = convert(model, tmp_path / "out")

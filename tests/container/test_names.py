@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.container.names import (
@@ -17,6 +17,7 @@ from quantkit.container.names import (
 from quantkit.errors import GgufError
 
 
+@settings(deadline=None)
 @given(st.integers(1, 65535), st.data())
 def test_a_shard_name_is_parsed_back(count, data):
     no = data.draw(st.integers(0, count - 1))
@@ -68,6 +69,7 @@ def test_a_name_may_use_all_its_bytes():
     assert check_name("é" * 31 + "a", max_bytes=63, where="") == ("é" * 31 + "a").encode()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_escaped_text_is_printable(text):
     assert escaped(text).isprintable()

@@ -57,7 +57,9 @@ def dying(monkeypatch):
     monkeypatch.undo()
 
 
-def test_dying_around_every_rename_flush_and_many_writes(converted, fixture_model, tmp_path, dying, monkeypatch):
+def test_dying_around_every_rename_flush_and_many_writes(
+    converted, fixture_model, tmp_path, dying, monkeypatch
+):
     expected = digests(converted("q4_x", LIMIT))
     boundaries = [("fsync", n) for n in range(1, 16)] + [("ftruncate", n) for n in range(1, 7)]
     boundaries += [("pwrite", n) for n in (1, 2, 3, 40, 90, 150)]
@@ -88,14 +90,15 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(
     dying("pwrite", n, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OutputError, match="no space left"):
         run(fixture_model, tmp_path)
-    text_files = [path for path in tmp_path.glob("m-*.gguf")]
-    assert text_files == []
+    assert not list(tmp_path.glob("m-*.gguf"))
     monkeypatch.undo()
     run(fixture_model, tmp_path)
     assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
 
 
-def test_a_removed_partial_file_is_made_again(converted, fixture_model, tmp_path, dying, monkeypatch):
+def test_a_removed_partial_file_is_made_again(
+    converted, fixture_model, tmp_path, dying, monkeypatch
+):
     dying("pwrite", 100, PowerCut())
     with pytest.raises(PowerCut):
         run(fixture_model, tmp_path)
@@ -164,6 +167,7 @@ def test_thirty_random_kills_lose_nothing(fixture_model):
         capture_output=True,
         text=True,
         timeout=550,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     assert "0 failures" in done.stdout

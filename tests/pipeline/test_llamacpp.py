@@ -1,8 +1,8 @@
 """Stock llama.cpp runs what we write, with the logits of the source checkpoint.
 
-The reference is Hugging Face's DeepSeek-V3 in f32 on the expanded weights. Its latent norms get the
-checkpoint's epsilon, as llama.cpp, vLLM and SGLang do; keys and values are kept in F32, so that what
-is compared are the files.
+The reference is Hugging Face's DeepSeek-V3 in f32 on the expanded weights. Its latent norms get
+the checkpoint's epsilon, as llama.cpp, vLLM and SGLang do; keys and values are kept in F32, so
+that what is compared are the files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def parse(line: str) -> tuple[str, int]:
         raise ValueError(f"{line!r} has no count")
     return name.strip(), int(count)
 
-Returns a new list; the original is left unchanged. Raises KeyError if the key is not found. When the
-connection is lost, the client tries again after a delay that doubles each time, up to one minute.
-On most systems the default is 4096 bytes. See the section on buffering for the reasons.
+Returns a new list; the original is left unchanged. Raises KeyError if the key is not found. When
+the connection is lost, the client tries again after a delay that doubles each time, to a minute. On
+most systems the default is 4096 bytes. See the section on buffering for the reasons.
 """
 EPS = 1e-5  # rms_norm_eps of the fixture
 
@@ -72,7 +72,9 @@ def test_llamacpp_checks_every_tensor_and_continues_a_text(converted):
 
 # ggml's GELU goes through a table of f16 values, so even f32 weights leave 1e-4 or so.
 @pytest.mark.parametrize(("type_", "close"), [("f32", 1e-3), ("f16", 2e-3), ("bf16", 1e-2)])
-def test_the_vision_tower_sees_what_the_source_sees(converted, fixture_model, tmp_path, type_, close):
+def test_the_vision_tower_sees_what_the_source_sees(
+    converted, fixture_model, tmp_path, type_, close
+):
     from quantkit.pipeline import Job, Output, convert
     from quantkit.run.events import Silent
     from quantkit.types import GgmlType

@@ -116,7 +116,9 @@ def test_the_vision_files_keys_have_the_right_types_and_values(converted):
 
 def test_the_vocabulary_has_the_configs_size_and_the_template_its_bytes(converted, fixture_model):
     kvs = read_gguf(converted("q4_x") / "m-Q4_X.gguf").kvs
-    vocab_size = json.loads((fixture_model / "config.json").read_text())["text_config"]["vocab_size"]
+    vocab_size = json.loads((fixture_model / "config.json").read_text())["text_config"][
+        "vocab_size"
+    ]
     assert len(kvs["tokenizer.ggml.tokens"].value) == vocab_size
     assert len(kvs["tokenizer.ggml.token_type"].value) == vocab_size
     template = (fixture_model / "chat_template.jinja").read_text("utf-8")
@@ -137,7 +139,9 @@ def test_only_the_first_shard_carries_the_models_keys(converted):
             assert read_gguf(path).kvs.keys() == split.keys()
 
 
-@pytest.mark.parametrize(("recipe", "file_type"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7)])
+@pytest.mark.parametrize(
+    ("recipe", "file_type"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7)]
+)
 def test_the_file_type_is_that_of_most_weights(converted, recipe, file_type):
     kvs = read_gguf(converted(recipe) / f"m-{recipe.upper()}.gguf").kvs
     assert kvs["general.file_type"].value == file_type

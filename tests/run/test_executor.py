@@ -12,7 +12,9 @@ from quantkit.run.executor import run_threaded
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
 def test_every_task_runs_once(n_threads):
-    assert sorted(run_threaded(lambda n: n * n, range(100), n_threads)) == [n * n for n in range(100)]
+    assert sorted(run_threaded(lambda n: n * n, range(100), n_threads)) == [
+        n * n for n in range(100)
+    ]
 
 
 def test_no_more_tasks_are_taken_than_are_in_flight():

@@ -17,9 +17,11 @@ def test_a_final_name_holds_all_of_a_small_file(tmp_path):
 
 
 def test_a_full_disk_is_an_output_error_with_a_remedy():
-    with open("/dev/full", "wb", buffering=0) as full:
-        with pytest.raises(OutputError, match="no space left") as caught:
-            fs.write_at(full.fileno(), b"x", 0, fs.Path("/dev/full"))
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(OutputError, match="no space left") as caught,
+    ):
+        fs.write_at(full.fileno(), b"x", 0, fs.Path("/dev/full"))
     assert "continues where it stopped" in caught.value.hint
 
 

@@ -207,7 +207,8 @@ def test_giving_pages_back_to_the_system_does_not_change_what_is_read(drops, fol
         ref = checkpoint.tensors["w"]
         data = checkpoint.pread(ref, 0, ref.n_bytes)
     assert (data.view(np.float32) == VALUES).all()
-    assert [call[1:] for call in calls] == [(ref.begin, 4000, os.POSIX_FADV_DONTNEED)] * drops
+    assert bool(calls) is drops
+    assert ((ref.begin, 4000, os.POSIX_FADV_DONTNEED) in [call[1:] for call in calls]) is drops
 
 
 def test_side_files_are_read_within_their_caps(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from subprocess import run
 
 import numpy as np
@@ -18,7 +19,6 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file
 
 from quantkit.errors import NonFiniteError, SourceError
-from quantkit.source import packed as packed_module
 from quantkit.source.checkpoint import open_checkpoint
 from quantkit.source.packed import read_tile, repack_q4_0
 from tests.builders.safetensors import bf16, bf16_bits, f32, int4, int4_config, write_checkpoint
@@ -237,8 +237,6 @@ def test_rows_outside_the_weight_are_refused(begin, end, read, every_format):
 
 
 def test_the_same_tile_is_read_from_every_thread(every_format):
-    from concurrent.futures import ThreadPoolExecutor
-
     expected = whole(every_format, "int4.weight")
     with ThreadPoolExecutor(4) as pool:
         tiles = list(pool.map(lambda _: whole(every_format, "int4.weight"), range(40)))
@@ -404,7 +402,3 @@ def test_opening_a_checkpoint_loads_neither_numba_nor_torch():
     )
     result = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-def test_kernels_are_found():
-    assert packed_module._kernels().__name__ == "quantkit.source.expand"

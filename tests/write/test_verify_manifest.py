@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.container.layout import LaidTensorIn, lay_out
@@ -49,6 +49,7 @@ def test_chunks_are_cut_anew_in_every_slab():
     assert list(chunk_ranges(20, 2, 4)) == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 100))
 def test_chunks_cover_a_tensor_without_gap_or_overlap(slab_bytes, n_slabs, chunk_bytes):
     ranges = list(chunk_ranges(slab_bytes * n_slabs, n_slabs, chunk_bytes))

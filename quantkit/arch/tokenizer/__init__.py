@@ -32,7 +32,8 @@ def tokenizer_kvs(source: SideFiles, vocab_size: int, config: Mapping[str, Any])
     if not 0 < vocab_size <= _MAX_VOCAB:
         raise SourceError(f"vocab_size = {vocab_size}", where="config.json")
     settings = _table(source, "tokenizer_config.json") or {}
-    raw = _table(source, hf_json.FILE)
+    data = source.read_bytes(hf_json.FILE, hf_json.MAX_BYTES)
+    raw = None if data is None else hf_json.parse(data)
     vocab, file = _read_vocab(source, raw, settings, config, vocab_size)
     kvs = vocab.kvs(file)
     prefix = settings.get("add_prefix_space")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from quantkit.arch.tokenizer.vocab import TokenType, added_type, placeholder
 from quantkit.errors import SourceError, UnsupportedError
 
 FILE = "tokenizer.json"
+MAX_BYTES = 256 << 20  # the largest published ones have about 35 MB
 
 _MAX_TOKEN_CHARS = 4096  # bounds the work that is quadratic in a token's length
 _SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -33,6 +35,17 @@ class AddedToken:
     token_id: int
     content: str
     special: bool
+
+
+def parse(data: bytes) -> Mapping[str, Any]:
+    """The file as a table. It is too large for the limit that other JSON files are read with."""
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"not JSON: {error}", where=FILE) from None
+    if not isinstance(raw, dict):
+        raise SourceError("expected a JSON object", where=FILE)
+    return raw
 
 
 def read_bpe_model(raw: Mapping[str, Any], vocab_size: int) -> BpeModel:

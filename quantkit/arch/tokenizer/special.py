@@ -143,8 +143,7 @@ def _read_single(
     first, last = _ends(single)
     if first is not None:
         names["bos"] = names["bos"] or first
-        names["cls"] = names["cls"] or first
-        adds["bos"] = first in {names["bos"], names["cls"]}
+        adds["bos"] = first == names["bos"]
     if last is not None:
         if names["eos"] not in {None, last}:
             names["eot" if names["eot"] is None else "eom"] = names["eos"]

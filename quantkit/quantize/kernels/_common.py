@@ -71,7 +71,13 @@ def block_weights(
 
 def helper(function: F) -> F:
     """Compile a function that only kernels call: it becomes part of their cached code."""
-    return nb.njit(nogil=True, fastmath=False, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return nb.njit(
+        nogil=True,
+        fastmath=False,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )(function)  # type: ignore[no-any-return]
 
 
 def uniform_or(importance: np.ndarray | None, x: np.ndarray) -> np.ndarray:

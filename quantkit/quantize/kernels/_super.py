@@ -122,7 +122,9 @@ def search_affine(
                 best = error
                 best_d = d
                 best_dmin = dmin
-                found[:, :] = now
+                for at in range(0, subs, LANES):
+                    store(found[0], at, load8(now[0], at))
+                    store(found[1], at, load8(now[1], at))
             d = near_f16(d + step_d, up)
             dmin = near_f16(dmin + step_dmin, up)
     return best_d, best_dmin, best
@@ -267,7 +269,8 @@ def scaled_searcher(fitters: Any) -> Any:
                 if error < best:
                     best = error
                     best_d = d
-                    found[:] = now
+                    for at in range(0, subs, LANES):
+                        store(found, at, load8(now, at))
                 d = near_f16(d + step, up)
         return best_d
 

@@ -51,25 +51,31 @@ def transpose(
             tile[at + LANES * i + b] = row[begin + b * size + i] if b < blocks else 0.0
 
 
-@helper
-def weight_tiles(importance: np.ndarray, size: int, span: int) -> np.ndarray:
-    """Transposed importance of a row, in blocks of `size`.
+def weight_tiles(
+    importance: np.ndarray | None, cols: int, size: int, span: int
+) -> np.ndarray:
+    """The importance of a row's columns in tiles of blocks of `size`, zeros beside the last block.
 
     Every `span` weights that share a scale are brought to a maximum of 1; those without any
     importance get uniform weights, for they must be encoded all the same.
     """
-    blocks = importance.size // size
-    groups = (blocks + LANES - 1) // LANES
-    scaled = np.empty(importance.size, np.float32)
-    for begin in range(0, importance.size, span):
-        peak = importance[begin : begin + span].max()
-        for i in range(begin, begin + span):
-            scaled[i] = importance[i] / peak if peak > 0.0 else np.float32(1.0)
-    tiles = np.empty(groups * LANES * size, np.float32)
-    for first in range(0, blocks, LANES):
-        at = first * size
-        transpose(scaled, at, min(LANES, blocks - first), size, tiles, at)
-    return tiles
+    w = np.ones(cols, np.float32) if importance is None else importance
+    spans = w.reshape(-1, span)
+    peaks = spans.max(axis=1, keepdims=True)
+    spans = np.where(peaks > 0, spans / np.where(peaks > 0, peaks, 1), np.float32(1))
+    blocks = cols // size
+    tiles = np.zeros((-(-blocks // LANES), LANES, size), np.float32)
+    tiles.reshape(-1, size)[:blocks] = spans.reshape(-1, size)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1)).reshape(-1)
+
+
+def root_mean_squares(x: np.ndarray, span: int, c: float) -> np.ndarray:
+    """sqrt(c mean(x^2)) of every `span` columns, f32[rows, spans]: see `ggml_weights`."""
+    mean = np.square(x.reshape(len(x), -1, span), dtype=np.float64).mean(axis=2)
+    return np.sqrt(c * mean).astype(np.float32)
+
+
+NO_ROOTS = np.zeros((0, 0), np.float32)  # weights are the importance alone
 
 
 @helper
@@ -87,25 +93,6 @@ def normalise(x: np.ndarray, size: int) -> Any:
     for i in range(size):
         store(x, LANES * i, load8(x, LANES * i) * down)
     return peak * down, up
-
-
-@helper
-def root_mean_square(x: np.ndarray) -> Any:
-    """sqrt(mean(x^2)) as f32."""
-    s = 0.0
-    for v in x:
-        s += float(v) * float(v)
-    return np.float32(np.sqrt(s / x.size))
-
-
-@helper
-def tile_rms(x: np.ndarray, size: int) -> Any:
-    """sqrt(mean(x^2)) of every block of a tile."""
-    s = splat8(np.float32(0.0))
-    for i in range(size):
-        v = load8(x, LANES * i)
-        s = fma(v, v, s)
-    return sqrt(s * np.float32(1.0 / size))
 
 
 @helper
@@ -196,9 +183,9 @@ def scale_fitters(level: Any) -> Any:
     def polish(
         x: np.ndarray, w: np.ndarray, size: int, bounds: Any, scale: Any, up: Any, refits: int
     ) -> Any:
-        """Round a scale to f16, recode and refit, `refits` times; the f16 with the least error."""
+        """Round a scale to f16; then recode and refit `refits` times and keep the best f16."""
         best = splat8(HUGE)
-        chosen = splat8(np.float32(0.0))
+        chosen = near_f16(scale, up)
         for _ in range(refits):
             d = near_f16(scale, up)
             rr, rq, qq = residual(x, w, size, bounds, d, inverse(d))
@@ -303,11 +290,11 @@ def fit_affine(
 def polish_affine(
     x: np.ndarray, w: np.ndarray, size: int, top: Any, start: Any, up: Any, refits: int
 ) -> Any:
-    """Round (d, m) to f16, recode, refit; gives the pair with the least error."""
+    """Round (d, m) to f16; then recode and refit `refits` times and keep the best pair."""
     scale, base, w1 = start
     best = splat8(HUGE)
-    chosen_d = splat8(np.float32(0.0))
-    chosen_m = chosen_d
+    chosen_d = near_f16(scale, up)
+    chosen_m = near_f16(base, up)
     for _ in range(refits):
         d = near_f16(scale, up)
         m = near_f16(base, up)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, uniform_or
+from quantkit.quantize.kernels._common import helper, kernel
 from quantkit.quantize.kernels._simd import (
     absolute,
     as_f32,
@@ -77,11 +77,10 @@ def _put_codes(out: np.ndarray, at: int, row: np.ndarray, begin: int, half: int,
 
 
 @kernel
-def _encode_mx(x: np.ndarray, importance: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+def _encode_mx(x: np.ndarray, weights: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
     """`offsets` are exponents to try, counted from the one that puts the peak in [8, 16) levels."""
     size = 32
     blocks = x.shape[1] // size
-    weights = weight_tiles(importance, size, size)
     tile = np.empty(LANES * size, np.float32)
     none = (splat8(np.float32(0.0)), splat8(np.float32(0.0)))
     for r in range(x.shape[0]):
@@ -123,11 +122,10 @@ def _ue4m3_below(v: Any) -> Any:
 
 
 @kernel
-def _encode_nv(x: np.ndarray, importance: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+def _encode_nv(x: np.ndarray, weights: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
     """`offsets` are scale codes to try, counted from the one that puts the peak at level 12."""
     size = 16
     blocks = x.shape[1] // size
-    weights = weight_tiles(importance, size, size)
     tile = np.empty(LANES * size, np.float32)
     none = (splat8(np.float32(0.0)), splat8(np.float32(0.0)))
     for r in range(x.shape[0]):
@@ -167,13 +165,13 @@ _NV_OFFSETS: dict[Effort, np.ndarray] = {
 
 def _encode_mx_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
     out = np.empty((x.shape[0], GgmlType.MXFP4.row_bytes(x.shape[1])), np.uint8)
-    _encode_mx(x, uniform_or(importance, x), _MX_OFFSETS[how.effort], out)
+    _encode_mx(x, weight_tiles(importance, x.shape[1], 32, 32), _MX_OFFSETS[how.effort], out)
     return out
 
 
 def _encode_nv_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
     out = np.empty((x.shape[0], GgmlType.NVFP4.row_bytes(x.shape[1])), np.uint8)
-    _encode_nv(x, uniform_or(importance, x), _NV_OFFSETS[how.effort], out)
+    _encode_nv(x, weight_tiles(importance, x.shape[1], 16, 16), _NV_OFFSETS[how.effort], out)
     return out
 
 

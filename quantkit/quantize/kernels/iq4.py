@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
+from quantkit.quantize.kernels._common import helper, kernel, read_f16
 from quantkit.quantize.kernels._simd import (
     as_i32,
     fma,
@@ -28,13 +28,13 @@ from quantkit.quantize.kernels._simd import (
 from quantkit.quantize.kernels._super import SUPER, load_super, scaled_searcher
 from quantkit.quantize.kernels._tile import (
     LANES,
+    NO_ROOTS,
     ggml_weights,
     normalise,
     put_f16,
     reciprocal,
-    root_mean_square,
+    root_mean_squares,
     scale_fitters,
-    tile_rms,
     transpose,
     weight_tiles,
 )
@@ -97,12 +97,17 @@ def _put_codes(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) ->
 
 @kernel
 def _encode_nl(
-    x: np.ndarray, importance: np.ndarray, ggml: bool, ks: np.ndarray, refits: int, out: np.ndarray
+    x: np.ndarray,
+    weights: np.ndarray,
+    roots: np.ndarray,
+    ks: np.ndarray,
+    refits: int,
+    out: np.ndarray,
 ) -> None:
     blocks = x.shape[1] // SIZE
-    weights = weight_tiles(importance, SIZE, SIZE)
     tile = np.empty(LANES * SIZE, np.float32)
     scratch = np.empty(LANES * SIZE, np.float32)
+    rms = np.ones(LANES, np.float32)
     none = (splat8(np.float32(0.0)), splat8(np.float32(0.0)))
     for r in range(x.shape[0]):
         for first in range(0, blocks, LANES):
@@ -110,9 +115,10 @@ def _encode_nl(
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
             peak, up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
-            if ggml:
-                rms = tile_rms(tile, SIZE) * np.float32(np.sqrt(2.0))
-                ggml_weights(tile, w, SIZE, rms, scratch)
+            if roots.size:
+                for b in range(count):
+                    rms[b] = roots[r, first + b]
+                ggml_weights(tile, w, SIZE, load8(rms, 0) / up, scratch)
                 w = scratch
             scale = _scan(tile, w, SIZE, none, peak, ks)
             d = up * _polish(tile, w, SIZE, none, scale, up, refits)
@@ -124,10 +130,9 @@ def _encode_nl(
 
 @kernel
 def _encode_xs(
-    x: np.ndarray, importance: np.ndarray, ggml: bool, plan: Any, out: np.ndarray
+    x: np.ndarray, weights: np.ndarray, roots: np.ndarray, plan: Any, out: np.ndarray
 ) -> None:
     supers = x.shape[1] // SUPER
-    weights = weight_tiles(importance, SIZE, SUPER)
     tile = np.empty(SUPER, np.float32)
     scratch = np.empty(SUPER, np.float32)
     found = np.zeros(LANES, np.float32)
@@ -138,9 +143,8 @@ def _encode_xs(
             begin, at = b * SUPER, b * 136
             up = load_super(x[r], begin, SIZE, tile)
             w = weights[begin : begin + SUPER]
-            if ggml:
-                rms = root_mean_square(tile) * np.float32(np.sqrt(2.0))
-                ggml_weights(tile, w, SIZE, splat8(rms), scratch)
+            if roots.size:
+                ggml_weights(tile, w, SIZE, roots[r, b] / up, scratch)
                 w = scratch
             d = lane(up * _search(tile, w, SIZE, up, form, plan, found), 0)
             put_f16(out[r], at, d)
@@ -180,17 +184,21 @@ _PLANS: dict[Effort, Any] = {
 }
 
 
+def _roots(x: Tile, how: How, span: int) -> np.ndarray:
+    return root_mean_squares(x, span, 2.0) if how.weighting == "ggml" else NO_ROOTS
+
+
 def _encode_nl_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
     out = np.empty((x.shape[0], GgmlType.IQ4_NL.row_bytes(x.shape[1])), np.uint8)
-    ggml = how.weighting == "ggml"
-    _encode_nl(x, uniform_or(importance, x), ggml, *_SCANS[how.effort], out)
+    w = weight_tiles(importance, x.shape[1], SIZE, SIZE)
+    _encode_nl(x, w, _roots(x, how, SIZE), *_SCANS[how.effort], out)
     return out
 
 
 def _encode_xs_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
     out = np.empty((x.shape[0], GgmlType.IQ4_XS.row_bytes(x.shape[1])), np.uint8)
-    ggml = how.weighting == "ggml"
-    _encode_xs(x, uniform_or(importance, x), ggml, _PLANS[how.effort], out)
+    w = weight_tiles(importance, x.shape[1], SIZE, SUPER)
+    _encode_xs(x, w, _roots(x, how, SUPER), _PLANS[how.effort], out)
     return out
 
 

