@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import xllamacpp
@@ -18,13 +17,11 @@ def say(path: str, prompt: str, n_tokens: int = 24) -> str:
     params.verbosity = -1
     params.endpoint_metrics = False
     server = xllamacpp.Server(params)
-    request = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "seed": 1}
-    answer = server.handle_completions(json.dumps(request))
-    data = json.loads(answer) if isinstance(answer, str | bytes) else answer
-    choices = data.get("choices") or [{}]
-    return str(data.get("content") or choices[0].get("text", ""))
+    request = {"prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "seed": 1}
+    answer = server.handle_completions(request)
+    return str(answer["choices"][0]["text"])
 
 
 if __name__ == "__main__":
     path, prompt = sys.argv[1:3]
-    print(f"{prompt}|{say(path, prompt)}")
+    print(f"{prompt} ... {' '.join(say(path, prompt).split())}")

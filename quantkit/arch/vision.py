@@ -110,6 +110,7 @@ def _linear(
 ) -> Iterator[TensorSpec]:
     weight = weights.take(f"{hf}.weight", *shape)
     if len(shape) == 1:
+        role = "norm"
         yield norm(f"{name}.weight", layer, weight)
     else:
         yield TensorSpec(f"{name}.weight", role, layer, weight.shape, whole(weight))

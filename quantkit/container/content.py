@@ -79,7 +79,7 @@ def _nonfinite(type_: GgmlType, data: Bytes) -> _Bad | None:
     elif type_ is GgmlType.BF16:
         bad = (column("<u2", 0) & _BF16_EXPONENT) == _BF16_EXPONENT
     elif type_ is GgmlType.F64:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # signalling NaN
             bad = ~np.isfinite(column("<f8", 0).astype(np.float32))
     elif type_ is GgmlType.MXFP4:
         bad = column("u1", 0) == 0xFF

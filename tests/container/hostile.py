@@ -52,6 +52,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "negative number of KVs": (gguf_bytes(n_kvs=-1), "cannot be in"),
     "exabytes of tensors": (gguf_bytes(n_tensors=1 << 60), "cannot be in"),
     "exabytes of KVs": (gguf_bytes(n_kvs=1 << 60), "cannot be in"),
+    "a hundred tensors in 60 bytes": (
+        gguf_bytes(infos=[info("a")], n_tensors=100, alignment=1),
+        "cannot be in",
+    ),
+    "a hundred KVs in 60 bytes": (
+        gguf_bytes([kv("a", U32, ONE)], n_kvs=100, data=b"\0" * 32),
+        "cannot be in",
+    ),
     "one KV more than there are": (
         gguf_bytes([kv("a", U32, ONE)], n_kvs=2, data=b"\0" * 64),
         "empty name",

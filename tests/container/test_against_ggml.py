@@ -155,6 +155,11 @@ def test_plain_floats_are_judged_by_value(type_, value, is_finite):
     assert first_nonfinite(ggml_type, data) == (None if is_finite else 2)
 
 
+def test_a_signalling_nan_is_found_without_a_warning():
+    data = struct.pack("<3Q", 0, 0x7FF0_0000_0000_0001, 0)
+    assert first_nonfinite(GgmlType.F64, data) == 1
+
+
 def test_the_first_bad_block_is_told():
     data = np.zeros((10, 34), np.uint8)
     data[[4, 7], 1] = 0x7C

@@ -179,6 +179,19 @@ def test_a_checkpoint_opens_with_more_shards_than_descriptors_kept(tmp_path):
             assert f"w{int(value[0])}" == ref.name
 
 
+def test_the_descriptor_used_longest_ago_is_closed_first(tmp_path):
+    for name in "abc":
+        write_safetensors(tmp_path / f"{name}.safetensors", {"w": f32([0])})
+    files = ShardFiles(Folder(tmp_path), max_open=2)
+    for name in "abac":
+        files.read(f"{name}.safetensors", 0, 8)
+    fds = Path("/proc/self/fd")
+    links = {fd.readlink().name for fd in fds.iterdir() if fd.is_symlink() and fd.exists()}
+    assert links >= {"a.safetensors", "c.safetensors"}
+    assert "b.safetensors" not in links
+    files.close()
+
+
 def test_closing_waits_for_readers_and_refuses_new_ones(folder):
     files = ShardFiles(Folder(folder))
     with files.use("model.safetensors") as fd:

@@ -44,14 +44,19 @@ OUTSIDE = {
 }
 
 
+def record_opened(monkeypatch):
+    opened = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a: opened.append(path) or really_open(path, *a))
+    return opened
+
+
 @pytest.mark.parametrize("case", OUTSIDE)
 def test_an_index_cannot_name_a_file(case, tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "model", {}, {}, index=False)
     write_safetensors(tmp_path / "x.safetensors", TENSORS)
     write_index(folder, {"norm.weight": OUTSIDE[case]})
-    opened = []
-    really_open = os.open
-    monkeypatch.setattr(os, "open", lambda path, *a: opened.append(path) or really_open(path, *a))
+    opened = record_opened(monkeypatch)
     with pytest.raises(SourceError, match=r"norm\.weight"):
         open_checkpoint(folder)
     assert {os.path.dirname(path) for path in opened} == {str(folder)}
@@ -103,18 +108,20 @@ def replaced_by_link_to_itself(path):
         replaced_by_link_to_itself,
     ],
 )
-def test_only_regular_files_are_opened(name, replace, tmp_path):
+def test_only_regular_files_are_opened(name, replace, tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path, {"model.safetensors": TENSORS}, {})
     (folder / "chat_template.jinja").touch()
     (folder / name).unlink()
     replace(folder / name)
+    opened = record_opened(monkeypatch)
     with pytest.raises(SourceError, match=name), open_checkpoint(folder) as checkpoint:
         checkpoint.read_text(name, 100)
+    assert folder / name not in opened
 
 
-def hub_cache(tmp_path):
+def hub_cache(tmp_path, kind="snapshots"):
     """The layout of the Hub's cache: every file of the snapshot is a link to a blob."""
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    snapshot = tmp_path / "models--a--b" / kind / "0123abc"
     write_checkpoint(snapshot, {"model.safetensors": TENSORS}, {"model_type": "x"})
     (snapshot / "chat_template.jinja").write_text("{{ text }}")
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -148,6 +155,11 @@ def test_a_side_file_cannot_be_a_link_to_a_file_of_the_user(tmp_path):
     (folder / "chat_template.jinja").symlink_to(secret)
     with open_checkpoint(folder) as checkpoint, pytest.raises(SourceError, match="leads out"):
         checkpoint.read_text("chat_template.jinja", 100)
+
+
+def test_a_folder_named_blobs_is_nothing_special_outside_the_hub_cache(tmp_path):
+    with pytest.raises(SourceError, match="leads out of the checkpoint"):
+        open_checkpoint(hub_cache(tmp_path, "checkpoints"))
 
 
 def test_a_blob_of_another_model_is_outside_the_cache_entry(tmp_path):

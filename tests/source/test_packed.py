@@ -66,9 +66,6 @@ def compressed_tensors_tile(folder, name):
     return PackedQuantizationCompressor.decompress(parts, SCHEME)["weight"].numpy()
 
 
-# INT4
-
-
 @pytest.mark.parametrize("shape", [(1, 32), (3, 64), (17, 256), (130, 7168 // 8)])
 @pytest.mark.parametrize("exponents", [(-17, 15), (-126, 120)])
 def test_int4_equals_compressed_tensors_bit_for_bit(shape, exponents, tmp_path):
@@ -125,9 +122,6 @@ def test_a_stored_shape_that_lies_is_noticed_when_the_weight_is_read(stored, rea
         read(checkpoint, checkpoint.weights[W], 1, 2)
 
 
-# FP8
-
-
 def fp8_tensors(shape, scale_shape, scale=None):
     codes = RNG.integers(0, 256, shape).astype(np.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0x55
@@ -172,9 +166,6 @@ def test_every_fp8_code_has_the_value_of_its_plain_twin(tmp_path):
         assert (bits(whole(checkpoint)) == bits(expected.astype(np.float32))).all()
 
 
-# plain formats
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_finite_value_of_a_plain_format_equals_torch(dtype, tmp_path):
     pattern = torch.arange(2**16, dtype=torch.int32)
@@ -199,9 +190,6 @@ def test_leading_axes_are_flattened(tmp_path):
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     with checkpoint_of(tmp_path, {W: f32(values)}) as checkpoint:
         assert (whole(checkpoint) == values.reshape(6, 4)).all()
-
-
-# tiles
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +229,6 @@ def test_the_same_tile_is_read_from_every_thread(every_format):
     with ThreadPoolExecutor(4) as pool:
         tiles = list(pool.map(lambda _: whole(every_format, "int4.weight"), range(40)))
     assert all((tile == expected).all() for tile in tiles)
-
-
-# NaN and infinity
-
-NAN, INF = float("nan"), float("inf")
 
 
 def spoiled(values, row, col, value):
@@ -295,9 +278,6 @@ def test_a_scale_of_int4_that_gives_no_finite_weight_is_refused(value, read, tmp
         read(checkpoint, checkpoint.weights[W], 0, 4)
         with pytest.raises(NonFiniteError, match=r"weight_scale: .*at \[4, 2\], and 0 more"):
             read(checkpoint, checkpoint.weights[W], 3, 6)
-
-
-# Q4_0
 
 
 def dequantized(blocks):
@@ -389,9 +369,6 @@ def test_any_repacked_tile_is_a_slice_of_the_whole(every_format):
         assert (part == blocks[begin:end]).all()
         assert part.shape == (end - begin, 36)
         assert mask.shape == inexact[begin:end].shape
-
-
-# imports
 
 
 def test_opening_a_checkpoint_loads_neither_numba_nor_torch():

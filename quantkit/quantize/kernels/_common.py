@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba as nb
 import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
+
+from quantkit.types import GgmlType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,11 +21,22 @@ IMPORTANCE = 0
 GGML = 1
 
 
+def _helper_digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("_*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+
+# numba finds cached code by a function's name and the age of its own file, but a kernel contains
+# the helpers of other files too; so their digest becomes part of its name.
+_HELPERS = _helper_digest()
+
+
 def kernel(function: F) -> F:
     """Compile a kernel: cached on disk, without the GIL, IEEE semantics kept.
 
     No fastmath: it would reorder sums, so that bytes depend on the machine, and drop NaN checks.
     """
+    function.__qualname__ = f"{function.__qualname__}_{_HELPERS}"
     return nb.njit(cache=True, nogil=True, fastmath=False, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
@@ -80,9 +95,10 @@ def helper(function: F) -> F:
     )(function)  # type: ignore[no-any-return]
 
 
-def uniform_or(importance: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    """The importance of the columns of `x`, ones where there is none."""
-    return np.ones(x.shape[1], np.float32) if importance is None else importance
+def prepared(x: np.ndarray, type_: GgmlType) -> tuple[np.ndarray, np.ndarray]:
+    """`x` f32[rows, cols] as kernels need it, contiguous, and room for its blocks."""
+    out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+    return np.ascontiguousarray(x, np.float32), out
 
 
 def read_f16(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import NumbaTypeError
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 _FLOAT = ir.FloatType()
@@ -140,6 +141,8 @@ for _function, _symbol in (
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    if array_type.layout == "A":
+        raise NumbaTypeError("vectors need contiguous arrays")
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 

@@ -60,11 +60,30 @@ def load_super(row: np.ndarray, begin: int, size: int, x: np.ndarray) -> Any:
 
 
 @helper
-def _sum8(values: np.ndarray) -> Any:
-    s = load8(values, 0)
-    for i in range(LANES, values.size, LANES):
-        s = s + load8(values, i)
-    return splat8(total(s))
+def face_down(x: np.ndarray, size: int) -> Any:
+    """Negate a super-block that mostly lies above zero; gives the sign to put back on d and dmin.
+
+    Affine codes rise from -dmin m <= 0, so a sub-block of large positive weights would waste most
+    of them between zero and its smallest weight.
+    """
+    upright = splat8(np.float32(0.0))
+    turned = upright
+    for at in range(0, SUPER, LANES * size):
+        low = load8(x, at)
+        high = low
+        for i in range(at + LANES, at + LANES * size, LANES):
+            v = load8(x, i)
+            low = minimum(low, v)
+            high = maximum(high, v)
+        span = high - minimum(low, np.float32(0.0))
+        upright = fma(span, span, upright)
+        span = maximum(high, np.float32(0.0)) - low
+        turned = fma(span, span, turned)
+    if total(turned) >= total(upright):
+        return np.float32(1.0)
+    for i in range(0, SUPER, LANES):
+        store(x, i, -1.0 * load8(x, i))
+    return np.float32(-1.0)
 
 
 @helper
@@ -73,6 +92,17 @@ def _top(values: np.ndarray) -> Any:
     for i in range(LANES, values.size, LANES):
         s = maximum(s, absolute(load8(values, i)))
     return splat8(largest(s))
+
+
+@helper
+def _first_f16(d: Any, up: Any) -> Any:
+    """As `near_f16`, but a scale that is not zero becomes the smallest f16 rather than zero.
+
+    Weights around 1e-5 would be lost in types whose f16 is multiplied by sub-scale and code.
+    """
+    least = np.float32(2.0**-24) / up
+    rounded = near_f16(d, up)
+    return select(rounded == 0.0, select(d < 0.0, -1.0 * least, least), rounded)
 
 
 @helper
@@ -88,7 +118,7 @@ def search_affine(
 
     `form` is (top, limit), `search` is (tries, starts, moves, rounds). `found` f32[2, sub-blocks]
     receives s and m, both in 0..limit; d and dmin, f16 values in the units of the normalised
-    tiles, are returned with the error.
+    tiles, are returned.
 
     tries: as in `fit_affine`, for the first guess of every sub-block.
     starts: (fd, fm) pairs; d = fd * (largest sub-scale) / limit, dmin alike.
@@ -111,8 +141,8 @@ def search_affine(
     best_d = splat8(np.float32(0.0))
     best_dmin = best_d
     for j in range(starts.shape[0]):
-        d = near_f16(_top(ideal[0]) * (starts[j, 0] / limit), up)
-        dmin = near_f16(_top(ideal[1]) * (starts[j, 1] / limit), up)
+        d = _first_f16(_top(ideal[0]) * (starts[j, 0] / limit), up)
+        dmin = _first_f16(_top(ideal[1]) * (starts[j, 1] / limit), up)
         for at in range(0, subs, LANES):
             store(now[0], at, _clamped(load8(ideal[0], at) * inverse(d), limit))
             store(now[1], at, _clamped(load8(ideal[1], at) * inverse(dmin), limit))
@@ -127,7 +157,7 @@ def search_affine(
                     store(found[1], at, load8(now[1], at))
             d = near_f16(d + step_d, up)
             dmin = near_f16(dmin + step_dmin, up)
-    return best_d, best_dmin, best
+    return best_d, best_dmin
 
 
 @helper
@@ -188,7 +218,7 @@ def _round_affine(
 
 def scaled_searcher(fitters: Any) -> Any:
     """A function that finds d and integer sub-scales s of x ~ d s level."""
-    residual, error_of, scan, _polish = fitters
+    residual, error_of, scan, _polish, _pick = fitters
 
     @helper
     def improve(
@@ -260,7 +290,7 @@ def scaled_searcher(fitters: Any) -> Any:
         best_d = splat8(np.float32(0.0))
         for start in starts:
             end = most_s if start > 0.0 else least_s
-            d = near_f16(splat8(extreme * abs(start) / end), up)
+            d = _first_f16(splat8(extreme * abs(start) / end), up)
             for at in range(0, subs, LANES):
                 s = rint(load8(ideal, at) * inverse(d))
                 store(now, at, maximum(minimum(s, most_s), least_s))

@@ -124,7 +124,7 @@ def inverse(d: Any) -> Any:
 
 
 def scale_fitters(level: Any) -> Any:
-    """(residual, error, scan, polish): passes that fit one scale to each block of a tile.
+    """(residual, error, scan, polish, pick): passes that fit one scale to each block of a tile.
 
     `level(t, low, high)` gives the level nearest to `t` in every lane; a type whose levels are
     not the integers low..high ignores the bounds.
@@ -174,7 +174,8 @@ def scale_fitters(level: Any) -> Any:
             rr, rq, qq = residual(x, w, size, bounds, d, k / peak)
             step = rq / maximum(qq, TINY)
             after = rr - rq * step
-            better = after < best
+            # Of scales that fit a lattice but for rounding, the first is kept.
+            better = after < best - d * d * qq * np.float32(1e-7)
             best = select(better, after, best)
             scale = select(better, d + step, scale)
         return scale
@@ -195,7 +196,23 @@ def scale_fitters(level: Any) -> Any:
             scale = d + rq / maximum(qq, TINY)
         return chosen
 
-    return residual, error, scan, polish
+    @helper
+    def pick(
+        x: np.ndarray, w: np.ndarray, size: int, bounds: Any, extent: Any, ks: np.ndarray
+    ) -> Any:
+        """The best of the f16 nearest to peak / k: no refit, for codes finer than f16 rounds."""
+        peak, up = extent
+        best = splat8(HUGE)
+        chosen = splat8(np.float32(0.0))
+        for k in ks:
+            d = near_f16(peak * (np.float32(1.0) / k), up)
+            rr = error(x, w, size, bounds, d)
+            better = rr < best
+            best = select(better, rr, best)
+            chosen = select(better, d, chosen)
+        return chosen
+
+    return residual, error, scan, polish, pick
 
 
 @helper
@@ -267,7 +284,7 @@ def fit_affine(
     if bounded:
         low = minimum(low, np.float32(0.0))
     span = maximum(high - low, TINY)
-    margin = w1 * np.float32(1e-7)
+    margin = w1 * span * span * np.float32(1e-8)
     best = splat8(HUGE)
     scale = splat8(np.float32(0.0))
     base = low

@@ -21,12 +21,12 @@ def _to_f16(x: np.ndarray, out: np.ndarray) -> None:
 
 @kernel
 def _to_bf16(bits: np.ndarray, out: np.ndarray) -> None:
-    # Finite bits never carry out of 32 bits; rounding up from the last bf16 would give infinity.
     for i in range(bits.size):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        rounded = magnitude + np.uint32(0x7FFF) + ((magnitude >> np.uint32(16)) & np.uint32(1))
-        rounded = min(rounded, np.uint32(0x7F7FFFFF))
-        out[i] = (rounded | (bits[i] & np.uint32(0x80000000))) >> np.uint32(16)
+        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        # Only the last values before infinity round to it.
+        infinite = (rounded & np.uint32(0x7FFF)) == np.uint32(0x7F80)
+        out[i] = rounded - np.uint32(infinite)
 
 
 def _encode_f32(x: Tile, importance: Importance | None, how: How) -> Blocks:

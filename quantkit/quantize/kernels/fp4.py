@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel
+from quantkit.quantize.kernels._common import helper, kernel, prepared
 from quantkit.quantize.kernels._simd import (
     absolute,
     as_f32,
@@ -64,7 +64,7 @@ def _code(t: Any) -> Any:
     return select(t < 0.0, code | select(q > 0, 8, q), code)
 
 
-_residual, _error, _scan, _polish = scale_fitters(_level)
+_residual, _error, _scan, _polish, _pick = scale_fitters(_level)
 
 
 @helper
@@ -164,13 +164,13 @@ _NV_OFFSETS: dict[Effort, np.ndarray] = {
 
 
 def _encode_mx_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.MXFP4.row_bytes(x.shape[1])), np.uint8)
+    x, out = prepared(x, GgmlType.MXFP4)
     _encode_mx(x, weight_tiles(importance, x.shape[1], 32, 32), _MX_OFFSETS[how.effort], out)
     return out
 
 
 def _encode_nv_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.NVFP4.row_bytes(x.shape[1])), np.uint8)
+    x, out = prepared(x, GgmlType.NVFP4)
     _encode_nv(x, weight_tiles(importance, x.shape[1], 16, 16), _NV_OFFSETS[how.effort], out)
     return out
 

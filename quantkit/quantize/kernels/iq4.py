@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16
+from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
     as_i32,
     fma,
@@ -82,7 +82,7 @@ def _code(t: Any) -> Any:
 
 
 _FITTERS = scale_fitters(_level)
-_residual, _error, _scan, _polish = _FITTERS
+_residual, _error, _scan, _polish, _pick = _FITTERS
 _search = scaled_searcher(_FITTERS)
 
 
@@ -189,14 +189,14 @@ def _roots(x: Tile, how: How, span: int) -> np.ndarray:
 
 
 def _encode_nl_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.IQ4_NL.row_bytes(x.shape[1])), np.uint8)
+    x, out = prepared(x, GgmlType.IQ4_NL)
     w = weight_tiles(importance, x.shape[1], SIZE, SIZE)
     _encode_nl(x, w, _roots(x, how, SIZE), *_SCANS[how.effort], out)
     return out
 
 
 def _encode_xs_blocks(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.IQ4_XS.row_bytes(x.shape[1])), np.uint8)
+    x, out = prepared(x, GgmlType.IQ4_XS)
     w = weight_tiles(importance, x.shape[1], SIZE, SUPER)
     _encode_xs(x, w, _roots(x, how, SUPER), _PLANS[how.effort], out)
     return out

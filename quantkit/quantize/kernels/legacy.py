@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import f16_bits, f16_value, helper, kernel, read_f16
+from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
     as_i32,
+    f16_near,
     fma,
     lane,
     largest,
@@ -24,6 +25,7 @@ from quantkit.quantize.kernels._simd import (
     maximum,
     minimum,
     rint,
+    select,
     splat8,
     store,
     total,
@@ -55,7 +57,7 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_residual, _error, _scan_scales, _polish = scale_fitters(_nearest)
+_residual, _error, _best_scale, _polish, _pick = scale_fitters(_nearest)
 
 
 @helper
@@ -108,8 +110,11 @@ def _encode_scaled(
                 ggml_weights(tile, w, SIZE, roots[r, 0] / up, scratch)
                 w = scratch
             levels = (splat8(low), splat8(high))
-            scale = _scan_scales(tile, w, SIZE, levels, peak, ks)
-            d = up * _polish(tile, w, SIZE, levels, scale, up, refits)
+            if high > 100.0:
+                d = up * _pick(tile, w, SIZE, levels, (peak, up), ks)
+            else:
+                scale = _best_scale(tile, w, SIZE, levels, peak, ks)
+                d = up * _polish(tile, w, SIZE, levels, scale, up, refits)
             for b in range(count):
                 at = (first + b) * block_bytes
                 begin = (first + b) * SIZE
@@ -158,74 +163,77 @@ def _encode_affine(
 
 
 @helper
-def _plain_scale(row: np.ndarray, begin: int, low: Any) -> Any:
-    """The extreme at the lowest code, as llama.cpp has it, and one least-squares refit."""
-    v = load8(row, begin)
-    least, most = v, v
-    for i in range(8, SIZE, 8):
-        v = load8(row, begin + i)
-        least = minimum(least, v)
-        most = maximum(most, v)
-    top, bottom = largest(most), -largest(-1.0 * least)
-    d = (top if top > -bottom else bottom) / low
-    inv = np.float32(1.0) / d if abs(d) > TINY else np.float32(0.0)
-    rq = splat8(np.float32(0.0))
-    qq = rq
-    for i in range(0, SIZE, 8):
-        t = load8(row, begin + i) * inv
-        q = _nearest(t, low, -1.0 - low)
-        rq = fma(t - q, q, rq)
-        qq = fma(q, q, qq)
-    d += d * total(rq) / max(total(qq), TINY)
-    return max(min(d, F16_MAX), -F16_MAX)
+def _plain_first(row: np.ndarray, low: Any, high: Any, affine: bool, fits: np.ndarray) -> None:
+    """llama.cpp's scale of every block into `fits[0]` and `fits[1]`: d and m from the extremes."""
+    for b in range(row.size // SIZE):
+        v = load8(row, b * SIZE)
+        least, most = v, v
+        for i in range(8, SIZE, 8):
+            v = load8(row, b * SIZE + i)
+            least = minimum(least, v)
+            most = maximum(most, v)
+        fits[0, b] = largest(most)
+        fits[1, b] = -largest(-1.0 * least)
+    for b in range(0, fits.shape[1], 8):
+        top, bottom = load8(fits[0], b), load8(fits[1], b)
+        if affine:
+            store(fits[0], b, top / high - bottom / high)
+        else:
+            store(fits[0], b, select(top > -1.0 * bottom, top, bottom) / low)
+            store(fits[1], b, bottom * 0.0)
 
 
 @helper
-def _plain_line(row: np.ndarray, begin: int, top: Any) -> Any:
-    """The block's range over all codes, as llama.cpp has it, and one least-squares refit."""
-    v = load8(row, begin)
-    least, most = v, v
-    for i in range(8, SIZE, 8):
-        v = load8(row, begin + i)
-        least = minimum(least, v)
-        most = maximum(most, v)
-    m = -largest(-1.0 * least)
-    d = largest(most) / top - m / top
-    inv = np.float32(1.0) / d if d > TINY else np.float32(0.0)
-    rq = splat8(np.float32(0.0))
-    r1, q1, qq = rq, rq, rq
-    for i in range(0, SIZE, 8):
-        t = (load8(row, begin + i) - m) * inv
-        q = rint(t)
-        r1 = r1 + (t - q)
-        rq = fma(t - q, q, rq)
-        q1 = q1 + q
-        qq = fma(q, q, qq)
-    s1, sq, p1, pq = total(q1), total(qq), total(r1), total(rq)
-    det = max(sq * SIZE - s1 * s1, np.float32(1.0))  # whole, and 0 only where all codes agree
-    m += d * ((p1 * sq - pq * s1) / det)
-    d += d * ((pq * SIZE - p1 * s1) / det)
-    return max(min(d, F16_MAX), -F16_MAX), max(min(m, F16_MAX), -F16_MAX)
+def _plain_refit(row: np.ndarray, low: Any, high: Any, affine: bool, fits: np.ndarray) -> None:
+    """One least-squares step of `fits[0]` and `fits[1]`, rounded to f16; the rest is scratch."""
+    for b in range(row.size // SIZE):
+        d, m = fits[0, b], fits[1, b]
+        inv = np.float32(1.0) / d if abs(d) > TINY else np.float32(0.0)
+        r1 = splat8(np.float32(0.0))
+        rq, q1, qq = r1, r1, r1
+        for i in range(0, SIZE, 8):
+            t = (load8(row, b * SIZE + i) - m) * inv
+            q = _nearest(t, low, high)
+            r1 = r1 + (t - q)
+            rq = fma(t - q, q, rq)
+            q1 = q1 + q
+            qq = fma(q, q, qq)
+        fits[2, b] = total(rq)
+        fits[3, b] = total(qq)
+        if affine:
+            fits[4, b] = total(r1)
+            fits[5, b] = total(q1)
+    for b in range(0, fits.shape[1], 8):
+        d, m, rq, qq = load8(fits[0], b), load8(fits[1], b), load8(fits[2], b), load8(fits[3], b)
+        if affine:
+            r1, q1 = load8(fits[4], b), load8(fits[5], b)
+            det = maximum(qq * SIZE - q1 * q1, np.float32(1.0))  # whole; 0 if all codes agree
+            m = m + d * ((r1 * qq - rq * q1) / det)
+            d = d + d * ((rq * SIZE - r1 * q1) / det)
+        else:
+            d = d + d * (rq / maximum(qq, TINY))
+        store(fits[0], b, f16_near(maximum(minimum(d, F16_MAX), -F16_MAX)))
+        store(fits[1], b, f16_near(maximum(minimum(m, F16_MAX), -F16_MAX)))
 
 
 @kernel
-def _encode_plain(x: np.ndarray, low: Any, top: Any, affine: bool, out: np.ndarray) -> None:
-    """Q4_0, Q5_0, Q4_1, Q5_1 in a hurry: no search, no weights."""
+def _encode_plain(x: np.ndarray, low: Any, high: Any, affine: bool, out: np.ndarray) -> None:
+    """Q4_0, Q5_0, Q4_1, Q5_1 in a hurry: no search and no weights."""
     blocks = x.shape[1] // SIZE
     block_bytes = out.shape[1] // blocks
+    fits = np.zeros((6, (blocks + 7) // 8 * 8), np.float32)
     for r in range(x.shape[0]):
+        _plain_first(x[r], low, high, affine, fits)
+        _plain_refit(x[r], low, high, affine, fits)
         for b in range(blocks):
             at, begin = b * block_bytes, b * SIZE
+            d, m = fits[0, b], fits[1, b]
+            put_f16(out[r], at, d)
             if affine:
-                d, m = _plain_line(x[r], begin, top)
-                put_f16(out[r], at, d)
                 put_f16(out[r], at + 2, m)
-                form = (f16_value(f16_bits(d)), f16_value(f16_bits(m)), np.float32(0.0), top)
-                _put_codes(out[r], at + 4, x[r], begin, form)
+                _put_codes(out[r], at + 4, x[r], begin, (d, m, -low, high))
             else:
-                d = f16_value(f16_bits(_plain_scale(x[r], begin, low)))
-                put_f16(out[r], at, d)
-                _put_codes(out[r], at + 2, x[r], begin, (d, np.float32(0.0), -low, top))
+                _put_codes(out[r], at + 2, x[r], begin, (d, m, -low, high - low))
 
 
 def _both_signs(*ks: float) -> np.ndarray:
@@ -287,9 +295,9 @@ def _scaled(
     bounds = (np.float32(low), np.float32(high))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
-        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        x, out = prepared(x, type_)
         if importance is None and how == _HURRY and high < 127:
-            _encode_plain(x, bounds[0], np.float32(high - low), False, out)
+            _encode_plain(x, *bounds, False, out)
             return out
         w = weight_tiles(importance, x.shape[1], SIZE, SIZE)
         # llama.cpp has no weighting of its own for Q8_0.
@@ -310,7 +318,7 @@ def _scaled(
 
 def _affine(type_: GgmlType, top: int, searches: dict[Effort, Search]) -> Codec:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
-        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        x, out = prepared(x, type_)
         if importance is None and how == _HURRY:
             _encode_plain(x, np.float32(0), np.float32(top), True, out)
             return out

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16
+from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
     fill,
     lane,
@@ -22,7 +22,7 @@ from quantkit.quantize.kernels._simd import (
     splat8,
     store,
 )
-from quantkit.quantize.kernels._super import SUPER, load_super, scaled_searcher, search_affine
+from quantkit.quantize.kernels._super import SUPER, face_down, load_super, scaled_searcher, search_affine
 from quantkit.quantize.kernels._tile import (
     NO_ROOTS,
     codes,
@@ -194,8 +194,9 @@ def _encode_affine(
             if roots.size:
                 ggml_weights(tiles, w, SUPER // 8, roots[r, b] / up, scratch)
                 w = scratch
-            d, dmin, _error = search_affine(tiles, w, size, up, form, plan, found)
-            d0, dmin0 = lane(d * up, 0), lane(dmin * up, 0)
+            sign = face_down(tiles, size)
+            d, dmin = search_affine(tiles, w, size, up, form, plan, found)
+            d0, dmin0 = lane(d * up, 0) * sign, lane(dmin * up, 0) * sign
             if size == 16:
                 _put_q2(out[r], b * block_bytes, x[r], begin, d0, dmin0, found)
             else:
@@ -245,7 +246,7 @@ def _affine(type_: GgmlType, top: int, limit: int, c: float) -> Codec:
     form = (np.float32(top), np.float32(limit))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
-        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        x, out = prepared(x, type_)
         w = weight_tiles(importance, x.shape[1], 16 if limit == 15 else 32, SUPER)
         plan = _affine_plan(top, how.effort)
         _encode_affine(x, w, _roots(x, how, c), form, plan, out)
@@ -258,7 +259,7 @@ def _scaled(type_: GgmlType, steps: int, limit: int, c: float) -> Codec:
     form = tuple(np.float32(v) for v in (-steps, steps - 1, -limit, limit - 1))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
-        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
+        x, out = prepared(x, type_)
         w = weight_tiles(importance, x.shape[1], 16, SUPER)
         plan = _scaled_plan(steps, how.effort)
         _encode_scaled(x, w, _roots(x, how, c), form, plan, out)

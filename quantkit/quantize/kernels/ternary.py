@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
-from quantkit.quantize.kernels._common import helper, kernel, read_f16, uniform_or
+from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
     absolute,
     bits_of,
@@ -59,7 +59,7 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_residual, _error, _scan, _polish = scale_fitters(_nearest)
+_residual, _error, _scan, _polish, _pick = scale_fitters(_nearest)
 
 
 @helper
@@ -258,12 +258,17 @@ _STEPS: dict[Effort, tuple[np.ndarray, int]] = {
 }
 
 
+def _columns(importance: Importance | None, x: Tile) -> Importance:
+    w = np.ones(x.shape[1]) if importance is None else importance
+    return np.ascontiguousarray(w, np.float32)
+
+
 def _encode_tq(
     type_: GgmlType, high: int, searches: dict[Effort, Any]
 ) -> Callable[[Tile, Importance | None, How], Blocks]:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
-        out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)
-        q = uniform_or(importance, x)
+        x, out = prepared(x, type_)
+        q = _columns(importance, x)
         _encode_levels(x, q, np.float32(high), searches[how.effort], out)
         return out
 
@@ -271,15 +276,15 @@ def _encode_tq(
 
 
 def _encode_q2(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.Q2_0.row_bytes(x.shape[1])), np.uint8)
+    x, out = prepared(x, GgmlType.Q2_0)
     w = weight_tiles(importance, x.shape[1], 64, 64)
     _encode_two_bits(x, w, *_STEPS[how.effort], out)
     return out
 
 
 def _encode_q1(x: Tile, importance: Importance | None, how: How) -> Blocks:
-    out = np.empty((x.shape[0], GgmlType.Q1_0.row_bytes(x.shape[1])), np.uint8)
-    _encode_signs(x, uniform_or(importance, x), out)
+    x, out = prepared(x, GgmlType.Q1_0)
+    _encode_signs(x, _columns(importance, x), out)
     return out
 
 
