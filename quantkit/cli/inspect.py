@@ -151,10 +151,15 @@ def _print_kvs(console: Console, shards: ShardSet, full: bool) -> None:
 def _kv_cells(kv: Kv, full: bool) -> tuple[str, str]:
     cut = kv.value if full else _cut(kv)
     if kv.item is None:
-        return kv.type.name, escaped(str(cut))
-    texts = (repr(item) if kv.item is KvType.STRING else str(item) for item in cut)
-    more = ", …" if len(cut) < len(kv.value) else ""
-    return f"{kv.item.name}[{len(kv.value)}]", f"[{escaped(', '.join(texts))}{more}]"
+        return kv.type.name, escaped(_text(kv.type, cut))
+    items = [repr(x) if kv.item is KvType.STRING else _text(kv.item, x) for x in cut]
+    more = ["…"] if len(cut) < len(kv.value) else []
+    return f"{kv.item.name}[{len(kv.value)}]", f"[{escaped(', '.join(items + more))}]"
+
+
+def _text(type_: KvType, value: Any) -> str:
+    # Seven digits are what an f32 holds.
+    return f"{value:.7g}" if type_ is KvType.F32 else str(value)
 
 
 def _print_tensors(console: Console, shards: ShardSet, _full: bool) -> None:

@@ -76,7 +76,8 @@ def _summary(report: VerifyReport) -> str:
     shards = report.shards
     seen = f"{files(len(shards.files))}, {shards.n_tensors:,} tensors, {size(shards.n_bytes)}"
     if not report.ok:
-        return f"{len(report.problems):,} problems in {seen}"
+        n = len(report.problems)
+        return f"{n:,} problem{'s' if n != 1 else ''} in {seen}"
     if report.manifest is None:
         depth = "structure and finiteness were" if report.deep else "structure was"
         return f"ok: {seen}; no manifest, so only {depth} checked"

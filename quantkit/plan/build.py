@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from quantkit import __version__
 from quantkit.container.layout import LaidTensorIn, ShardLayout, lay_out
 from quantkit.errors import RecipeError
 from quantkit.plan.fallback import fitting_type
@@ -98,7 +99,8 @@ def build_plan(
         max_shard_tensors=limits.max_shard_tensors,
     )
     tensors = _place(choices, shards)
-    digest = hashlib.sha256(source_fingerprint.encode())
+    # Encoders may change between versions, and half a file of each would be neither.
+    digest = hashlib.sha256(f"{__version__} {source_fingerprint}".encode())
     for shard in shards:
         digest.update(hashlib.sha256(shard.header).digest())
     for tensor in tensors:

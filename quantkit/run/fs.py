@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import OutputError
+from quantkit.run.events import size
 
 PARTIAL = ".partial"
 
@@ -27,7 +28,7 @@ def _refusal(error: OSError, path: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         return OutputError(
-            f"no space left on the device ({free / 1e9:.2f} GB free)",
+            f"no space left on the device ({size(free)} free)",
             where=str(path),
             hint="free some space and run the same command again: it continues where it stopped",
         )
@@ -118,7 +119,7 @@ def require_space(folder: Path, n_bytes: int, n_present: int) -> None:
     need = max(0, n_bytes - n_present)
     if free < need:
         raise OutputError(
-            f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+            f"{size(need)} are needed and {size(free)} are free",
             where=str(folder),
             hint="free some space, or choose another folder with -o",
         )

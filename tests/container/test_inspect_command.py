@@ -23,7 +23,7 @@ KVS = {
     "deepseek2.block_count": u32(2),
     "tokenizer.ggml.tokens": strings([f"<{i}>" for i in range(100)]),
     "tokenizer.ggml.token_type": i32s([1, 2, 3]),
-    "some.floats": f32s([0.5]),
+    "some.floats": f32s([0.5, 1e-05]),
     "tokenizer.chat_template": string("{% x %}\n" * 100),
 }
 TENSORS = [
@@ -70,6 +70,7 @@ def test_long_values_are_cut_unless_asked_for(made):
     assert "'<0>', '<1>', '<2>', '<3>', '<4>', '<5>', …]" in row(out, "tokenizer.ggml.tokens")
     assert row(out, "tokenizer.ggml.tokens").split()[1] == "STRING[100]"
     assert row(out, "tokenizer.ggml.token_type").endswith("I32[3] [1, 2, 3]")
+    assert row(out, "some.floats").endswith("F32[2] [0.5, 1e-05]")
     assert len(row(out, "tokenizer.chat_template")) < 200
     full = run(made[0], "--kv-only", "--full").stdout
     assert "'<99>']" in row(full, "tokenizer.ggml.tokens")

@@ -26,6 +26,7 @@ from tests.source import naive
 from tests.source.test_checkpoint import FIXTURE
 
 W = "w.weight"
+NAN, INF = float("nan"), float("inf")
 RNG = np.random.default_rng(7)
 INT4 = {"quantization_config": int4_config()}
 SCHEME = QuantizationScheme(

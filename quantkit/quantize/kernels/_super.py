@@ -95,14 +95,16 @@ def _top(values: np.ndarray) -> Any:
 
 
 @helper
-def _first_f16(d: Any, up: Any) -> Any:
-    """As `near_f16`, but a scale that is not zero becomes the smallest f16 rather than zero.
+def _first_f16(extreme: Any, limit: Any, up: Any) -> Any:
+    """The f16 nearest to extreme / limit, but no zero as long as `extreme` itself is no zero.
 
     Weights around 1e-5 would be lost in types whose f16 is multiplied by sub-scale and code.
     """
+    exact = extreme * (np.float32(1.0) / limit)
+    d = near_f16(exact, up)
     least = np.float32(2.0**-24) / up
-    rounded = near_f16(d, up)
-    return select(rounded == 0.0, select(d < 0.0, -1.0 * least, least), rounded)
+    lost = (d == 0.0) & (absolute(extreme) > least * 0.5)
+    return select(lost, select(exact < 0.0, -1.0 * least, least), d)
 
 
 @helper
@@ -141,8 +143,8 @@ def search_affine(
     best_d = splat8(np.float32(0.0))
     best_dmin = best_d
     for j in range(starts.shape[0]):
-        d = _first_f16(_top(ideal[0]) * (starts[j, 0] / limit), up)
-        dmin = _first_f16(_top(ideal[1]) * (starts[j, 1] / limit), up)
+        d = _first_f16(_top(ideal[0]) * starts[j, 0], limit, up)
+        dmin = _first_f16(_top(ideal[1]) * starts[j, 1], limit, up)
         for at in range(0, subs, LANES):
             store(now[0], at, _clamped(load8(ideal[0], at) * inverse(d), limit))
             store(now[1], at, _clamped(load8(ideal[1], at) * inverse(dmin), limit))
@@ -290,7 +292,7 @@ def scaled_searcher(fitters: Any) -> Any:
         best_d = splat8(np.float32(0.0))
         for start in starts:
             end = most_s if start > 0.0 else least_s
-            d = _first_f16(splat8(extreme * abs(start) / end), up)
+            d = _first_f16(splat8(extreme * abs(start)), end, up)
             for at in range(0, subs, LANES):
                 s = rint(load8(ideal, at) * inverse(d))
                 store(now, at, maximum(minimum(s, most_s), least_s))

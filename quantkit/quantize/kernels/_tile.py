@@ -72,7 +72,7 @@ def weight_tiles(
 def root_mean_squares(x: np.ndarray, span: int, c: float) -> np.ndarray:
     """sqrt(c mean(x^2)) of every `span` columns, f32[rows, spans]: see `ggml_weights`."""
     mean = np.square(x.reshape(len(x), -1, span), dtype=np.float64).mean(axis=2)
-    return np.sqrt(c * mean).astype(np.float32)
+    return np.minimum(np.sqrt(c * mean), HUGE).astype(np.float32)
 
 
 NO_ROOTS = np.zeros((0, 0), np.float32)  # weights are the importance alone

@@ -94,7 +94,8 @@ def _encode_mx(x: np.ndarray, weights: np.ndarray, offsets: np.ndarray, out: np.
             best = splat8(HUGE)
             chosen = middle
             for offset in offsets:
-                exponent = minimum(maximum(middle + offset + down, -126), 126) - down
+                # Within reach of normal numbers, and such that 12 of them are no infinity.
+                exponent = minimum(maximum(middle + offset + down, -126), 124) - down
                 d = float_of((exponent + 127) << 23)
                 error = _error(tile, w, size, none, d)
                 better = error < best

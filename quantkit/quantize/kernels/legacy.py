@@ -253,21 +253,23 @@ def _affine_tries(steps: np.ndarray, cuts: int, whole: range) -> np.ndarray:
 Search = tuple[np.ndarray, int]
 
 # Steps from zero to the peak, both signs, then rounds of polish. The whole numbers are there for
-# weights that already lie on a lattice: 5..8 holds a multiple of every number of steps up to 8.
+# weights that lie on a lattice already: 4..8 holds a multiple, by a power of two, of every number
+# of steps up to 8, and such a multiple leaves the f16 scale exact. They come first, for of equals
+# the first is kept.
 _KS4: dict[Effort, Search] = {
-    "fast": (_both_signs(7, 8, 8.5, 9.5), 1),
-    "default": (_both_signs(5, 6, 6.5, 7, 7.4, 7.8, 8, 8.3, 8.7, 9.2, 10, 11.5), 3),
-    "best": (_both_signs(5, 6, *_scan(6.5, 7.5, 11), *_scan(7.6, 16, 43)), 4),
+    "fast": (_both_signs(4, 7, 7.5, 8, 8.5, 9.2, 10), 1),
+    "default": (_both_signs(*range(4, 9), *_scan(6.6, 9, 13), 9.5, 10.2, 11, 12.5), 2),
+    "best": (_both_signs(*range(4, 9), *_scan(6.5, 10, 50), *_scan(10.2, 16, 20)), 4),
 }
 _KS5: dict[Effort, Search] = {
-    "fast": (_both_signs(15, 16, 16.5, 17), 1),
-    "default": (_both_signs(*range(9, 15), *_scan(14, 21, 15)), 3),
-    "best": (_both_signs(*range(9, 14), *_scan(14, 26, 97)), 4),
+    "fast": (_both_signs(8, 12, 14, 14.5, 15, 15.5, 16, 17), 1),
+    "default": (_both_signs(*range(8, 15), *_scan(14, 19, 21)), 2),
+    "best": (_both_signs(*range(8, 15), *_scan(14, 26, 97)), 4),
 }
 _KS8: dict[Effort, Search] = {
-    "fast": (_scan(127, 127, 1), 1),
-    "default": (_scan(124, 127, 7), 2),
-    "best": (_scan(116, 127, 45), 3),
+    "fast": (_scan(127, 112, 2), 0),
+    "default": (np.r_[_scan(127, 118, 8), 112, 96, 80, 64].astype(np.float32), 0),
+    "best": (np.r_[_scan(127, 100, 109), _scan(99, 64, 36)].astype(np.float32), 0),
 }
 _TRIES4: dict[Effort, Search] = {
     "fast": (_affine_tries(_scan(15, 18, 5), 3, range(8, 16)), 2),
@@ -275,7 +277,7 @@ _TRIES4: dict[Effort, Search] = {
     "best": (_affine_tries(_scan(13.5, 21, 61), 9, range(8, 16)), 3),
 }
 _TRIES5: dict[Effort, Search] = {
-    "fast": (_affine_tries(_scan(29, 33.5, 7), 3, range(31, 32)), 2),
+    "fast": (_affine_tries(_scan(29, 33.5, 7), 3, range(16, 32, 2)), 2),
     "default": (_affine_tries(_scan(28.5, 37.5, 25), 3, range(16, 32)), 3),
     "best": (_affine_tries(_scan(28, 42, 61), 9, range(16, 32)), 3),
 }

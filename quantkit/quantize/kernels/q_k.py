@@ -203,6 +203,9 @@ def _encode_affine(
                 _put_q45(out[r], b * block_bytes, x[r], begin, d0, dmin0, found, top)
 
 
+Plan = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
 def _scan(low: float, high: float, n: int) -> np.ndarray:
     return np.linspace(low, high, n).astype(np.float32)
 
@@ -212,30 +215,48 @@ def _pairs(*axes: Any) -> np.ndarray:
     return np.stack([g.ravel() for g in grid], axis=1).astype(np.float32)
 
 
-def _affine_plan(top: int, effort: Effort) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(tries, starts, moves, rounds) of `search_affine`."""
-    if effort == "fast":
-        tries = _pairs(top * _scan(0.95, 1.3, 6), (0, 0.5, 1))
-        return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), 1
-    if effort == "default":
-        tries = _pairs(top * _scan(0.92, 1.35, 9), (0, 0.5, 1))
-        return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), 2
-    tries = _pairs(top * _scan(0.9, 1.4, 21), _scan(0, 1, 5))
-    starts = np.array([(1, 1), (0.95, 1), (1, 0.95), (1.05, 1.05)], np.float32)
-    return tries, starts, _pairs(range(-2, 3), range(-2, 3)), 3
+def _affine_plan(top: int, effort: Effort) -> Plan:
+    """(tries, starts, moves, rounds) of `search_affine`.
+
+    Whole numbers of steps come first: they meet weights that lie on a lattice already.
+    """
+    whole = _pairs(range((top + 1) // 2 if top > 3 else 1, top + 1), [0])
+    if effort == "best":
+        tries = _pairs(top * _scan(0.9, 1.4, 21), _scan(0, 1, 5))
+        starts = np.array([(1, 1), (0.95, 1), (1, 0.95), (1.05, 1.05)], np.float32)
+        return np.concatenate([whole, tries]), starts, _pairs(range(-2, 3), range(-2, 3)), 3
+    steps = _scan(0.95, 1.3, 6) if effort == "fast" else _scan(0.92, 1.35, 9)
+    tries = np.concatenate([whole, _pairs(top * steps, (0, 0.5, 1))])
+    rounds = 1 if effort == "fast" else 2 if top > 15 else 3
+    return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), rounds
 
 
-def _scaled_plan(steps: int, effort: Effort) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+# Steps from zero to a sub-block's peak. Coarse codes profit from cutting off the tails, fine ones
+# from many alignments; 2 and 3 steps meet ternary and similar lattices.
+_STEPS3: dict[Effort, np.ndarray] = {
+    "fast": np.array([2, 3, 3.6, 4.1, 4.7, 5.6]),
+    "default": np.array([2, 3, 3.4, 3.65, 3.85, 4.05, 4.3, 4.6, 5, 5.5, 6.2]),
+    "best": np.r_[2, _scan(3, 8, 41)],
+}
+_STEPS6: dict[Effort, np.ndarray] = {
+    "fast": _scan(28, 38, 9),
+    "default": _scan(27, 40, 24),
+    "best": _scan(26, 42, 60),
+}
+
+
+def _scaled_plan(steps: int, effort: Effort) -> Plan:
     """(ks, starts, moves, rounds) of `scaled_searcher`."""
-    # Coarse codes profit from cutting off the tails, fine ones from many alignments.
-    reach = 1.6 if steps < 8 else 1.25
-    n = {"fast": 6, "default": 16, "best": 40}[effort]
-    ks = steps * _scan(0.85, reach, n)
-    starts = {"fast": [-1], "default": [-1, 1], "best": [-1, 1, -1.03, 1.03, -1.06, 1.06]}[effort]
-    radius = {"fast": 1, "default": 1, "best": 3}[effort]
+    ks = (_STEPS3 if steps == 4 else _STEPS6)[effort]
+    starts, radius, rounds = {
+        "fast": ([-1], 1, 1),
+        "default": ([-1, 1], 1, 2),
+        "best": ([-1, 1, -1.04, 1.04], 3, 3),
+    }[effort]
+    radius += steps > 4
+    signed = np.concatenate([ks, -ks]).astype(np.float32)
     moves = np.arange(-radius, radius + 1, dtype=np.float32)
-    rounds = {"fast": 1, "default": 2, "best": 3}[effort]
-    return np.concatenate([ks, -ks]), np.array(starts, np.float32), moves, rounds
+    return signed, np.array(starts, np.float32), moves, rounds
 
 
 def _roots(x: Tile, how: How, c: float) -> np.ndarray:

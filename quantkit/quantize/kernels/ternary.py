@@ -246,13 +246,13 @@ _TERNARY: dict[Effort, Any] = {
     "best": (_f32(1), np.linspace(0.5, 4, 40).astype(np.float32), 3),
 }
 _TWO_BITS: dict[Effort, Any] = {
-    "fast": (_f32(0.5, -0.5), _f32(1.25, -1.25), 1),
+    "fast": (_f32(0.5, -0.5, 1), _f32(1.25, -1.25), 1),
     "default": (_f32(0.5, -0.5, 1), _f32(1.1, 1.45, -1.1, -1.45), 1),
     "best": (_f32(0.5, -0.5, 1), np.r_[0.5:3:30j, -0.5:-3:30j].astype(np.float32), 3),
 }
 # Steps from zero to the peak and rounds of polish, likewise.
 _STEPS: dict[Effort, tuple[np.ndarray, int]] = {
-    "fast": (_f32(2, -2, 2.7, -2.7), 0),
+    "fast": (_f32(1, 2, -2, 2.7, -2.7), 0),
     "default": (_f32(1, 1.6, 2, 2.5, 3.1, 4, 5.5, -1.6, -2, -2.5, -3.1, -4, -5.5), 1),
     "best": (np.r_[1, 1.3:8:40j, -1.3:-8:40j, 2, -2].astype(np.float32), 3),
 }
