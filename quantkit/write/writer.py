@@ -76,7 +76,11 @@ class ShardWriter:
         )
 
     def write(self, tensor: int, tile: int, data: memoryview, digest: bytes) -> None:
-        """Write a tile and record it with the sha256 of its bytes. Any thread may call this."""
+        """Write a tile and record it with the sha256 of its bytes.
+
+        Now and then makes what is written durable; so one thread writes, and no tile can slip
+        between the flush and the line that vouches for it.
+        """
         planned = self.plan.tensors[tensor]
         begin, n_bytes = tile_span(planned, tile)
         if data.nbytes != n_bytes:
@@ -84,9 +88,6 @@ class ShardWriter:
         fs.write_at(self._fds[planned.shard], data, begin, self._paths[planned.shard])
         self._journal.record(tensor, tile, digest)
         self._journal.done[tensor, tile] = digest
-
-    def settle(self, n_bytes: int) -> None:
-        """Account for written bytes and now and then make them durable. One thread calls this."""
         self._unsynced += n_bytes
         if self._unsynced >= _SYNC_BYTES:
             self.sync()

@@ -13,9 +13,10 @@ import time
 import pytest
 
 from quantkit.errors import OutputError
-from quantkit.pipeline import Job, Output, convert
+from quantkit.pipeline import Job, Output, convert, planned
 from quantkit.plan.build import Limits
 from quantkit.run.events import Silent
+from quantkit.write.writer import tile_span
 
 LIMIT = 6_000_000
 
@@ -121,6 +122,41 @@ def test_an_unfinished_run_of_another_layout_is_refused_unless_restarted(
     convert(other, Output(tmp_path, 2, restart=True), Silent())
     assert digests(tmp_path)["m-Q4_X.gguf"] == digests(converted("q4_x"))["m-Q4_X.gguf"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_reboot_costs_what_was_not_flushed_and_nothing_else(
+    converted, fixture_model, tmp_path, dying, monkeypatch
+):
+    monkeypatch.setattr("quantkit.write.writer._SYNC_BYTES", 4_000_000)
+    dying("pwrite", 150, PowerCut())
+    with pytest.raises(PowerCut):
+        run(fixture_model, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("quantkit.run.journal._boot_id", lambda: "another boot")
+    (journal,) = tmp_path.glob(".*.journal")
+    lines = journal.read_text().splitlines()
+    last_sync = max(n for n, line in enumerate(lines) if line == "sync")
+    unflushed = [line.split()[1:3] for line in lines[last_sync:] if line.startswith("tile")]
+    assert unflushed
+    for path in tmp_path.glob("m-*.partial"):  # the lost tiles hold anything
+        flushed = [line.split() for line in lines[:last_sync] if line.startswith("tile")]
+        spoil(path, fixture_model, {(int(t), int(n)) for _, t, n, _ in flushed})
+    run(fixture_model, tmp_path)
+    assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
+
+
+def spoil(path, model, keep):
+    """Overwrite every tile of a partial file but those to keep."""
+    with planned(Job(model, "q4_x", Limits(LIMIT), name="m"), Silent()) as (_, decided):
+        plan = decided.plans[-1]
+    number = [shard.file for shard in plan.shards].index(path.name.removesuffix(".partial"))
+    with path.open("r+b") as file:
+        for t, tensor in enumerate(plan.tensors):
+            for n in range(tensor.n_tiles):
+                if tensor.shard == number and (t, n) not in keep:
+                    begin, n_bytes = tile_span(tensor, n)
+                    file.seek(begin)
+                    file.write(b"\xa5" * n_bytes)
 
 
 def command(model, folder):
