@@ -24,7 +24,7 @@ class Lines:
     """One line per finished stage on stderr, and a bar while bytes are written."""
 
     def __init__(self) -> None:
-        from rich.console import Console  # noqa: PLC0415 - not needed to show --help
+        from rich.console import Console
 
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
@@ -43,8 +43,8 @@ class Lines:
 
     def begin(self, title: str, n_bytes: int, n_done: int) -> None:
         """See `Reporter`."""
-        from rich.markup import escape  # noqa: PLC0415
-        from rich.progress import (  # noqa: PLC0415
+        from rich.markup import escape
+        from rich.progress import (
             BarColumn,
             DownloadColumn,
             Progress,
@@ -80,7 +80,7 @@ class Lines:
             self._progress = None
 
     def _print(self, label: str, text: str) -> None:
-        from rich.markup import escape  # noqa: PLC0415
+        from rich.markup import escape
 
         self._console.print(f"{label} {escape(text)}", soft_wrap=True)
 

@@ -41,9 +41,9 @@ def convert_command(
     Files get their final names when all of them are complete. An interrupted run leaves
     `.partial` files; the same command continues it and ends in the same bytes.
     """
-    from quantkit.cli.console import reporter  # noqa: PLC0415
-    from quantkit.pipeline import Job, Output, convert  # noqa: PLC0415
-    from quantkit.plan.build import Limits  # noqa: PLC0415
+    from quantkit.cli.console import reporter
+    from quantkit.pipeline import Job, Output, convert
+    from quantkit.plan.build import Limits
 
     view = reporter(quiet=quiet, as_json=as_json)
     limits = Limits(max_shard_size, max_shard_tensors)

@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
 
 
 def _print(shards: ShardSet, parts: Iterable[str], full: bool) -> None:
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     # In a pipe nothing is cut to a terminal's width.
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
@@ -199,8 +199,8 @@ def _print_tensors(console: Console, shards: ShardSet, _full: bool) -> None:
 
 
 def _table(*columns: tuple[str, Any]) -> Table:
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name, justify in columns:
@@ -209,7 +209,7 @@ def _table(*columns: tuple[str, Any]) -> Table:
 
 
 def _fill(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: names are no markup

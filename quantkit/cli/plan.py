@@ -35,10 +35,10 @@ def plan_command(
 
     Reads headers and metadata only, no weights.
     """
-    from quantkit.pipeline import Job, planned  # noqa: PLC0415
-    from quantkit.plan import report  # noqa: PLC0415
-    from quantkit.plan.build import Limits  # noqa: PLC0415
-    from quantkit.run.events import Silent  # noqa: PLC0415
+    from quantkit.pipeline import Job, planned
+    from quantkit.plan import report
+    from quantkit.plan.build import Limits
+    from quantkit.run.events import Silent
 
     limits = Limits(max_shard_size, max_shard_tensors)
     with planned(Job(model, recipe, limits, name, mmproj_type(mmproj)), Silent()) as (_, decided):
@@ -52,11 +52,11 @@ def plan_command(
 
 
 def _show(decided: Planned, *, with_tensors: bool) -> None:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.markup import escape  # noqa: PLC0415
+    from rich.console import Console
+    from rich.markup import escape
 
-    from quantkit.arch.vision import PREFIXES as VISION  # noqa: PLC0415
-    from quantkit.plan.report import substitutions  # noqa: PLC0415
+    from quantkit.arch.vision import PREFIXES as VISION
+    from quantkit.plan.report import substitutions
 
     console = Console(highlight=False)
     for plan in reversed(decided.plans):
@@ -79,11 +79,11 @@ def _show(decided: Planned, *, with_tensors: bool) -> None:
 
 
 def _show_roles(console: Console, plan: Plan) -> None:
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.markup import escape
+    from rich.table import Table
 
-    from quantkit.plan.report import by_role  # noqa: PLC0415
-    from quantkit.run.events import size, weights  # noqa: PLC0415
+    from quantkit.plan.report import by_role
+    from quantkit.run.events import size, weights
 
     title = f"{escape(plan.stem)}  ({plan.arch}, {weights(plan.n_weights)} weights)"
     table = Table(title=title, title_justify="left", show_footer=True)
@@ -107,11 +107,11 @@ def _show_roles(console: Console, plan: Plan) -> None:
 
 
 def _show_shards(console: Console, plan: Plan) -> None:
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.markup import escape
+    from rich.table import Table
 
-    from quantkit.plan.report import tensors_per_shard  # noqa: PLC0415
-    from quantkit.run.events import files  # noqa: PLC0415
+    from quantkit.plan.report import tensors_per_shard
+    from quantkit.run.events import files
 
     table = Table(show_footer=True)
     table.add_column("file", files(len(plan.shards)))
@@ -123,7 +123,7 @@ def _show_shards(console: Console, plan: Plan) -> None:
 
 
 def _show_tensors(console: Console, plan: Plan) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table()
     for heading, justify in (("tensor", "left"), ("shape (ne)", "left"), ("type", "left")):
@@ -143,8 +143,8 @@ def _show_tensors(console: Console, plan: Plan) -> None:
 
 
 def _show_work(console: Console, decided: Planned) -> None:
-    from quantkit.plan.report import work  # noqa: PLC0415
-    from quantkit.run.events import size, weights  # noqa: PLC0415
+    from quantkit.plan.report import work
+    from quantkit.run.events import size, weights
 
     total: dict[str, int] = {}
     for plan in decided.plans:

@@ -12,9 +12,9 @@ def recipes_command(name: str | None) -> None:
 
     A printed recipe is a good start for one's own: save it as a .yaml file and pass its path.
     """
-    from importlib import resources  # noqa: PLC0415
+    from importlib import resources
 
-    from quantkit.recipe import load_recipe, shipped_names  # noqa: PLC0415
+    from quantkit.recipe import load_recipe, shipped_names
 
     if name is None:
         for shipped in shipped_names():

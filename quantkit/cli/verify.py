@@ -44,8 +44,8 @@ def verify_command(file: Path, quick: bool, as_json: bool, threads: int) -> None
 
 
 def _run(file: Path, quick: bool, quiet: bool, threads: int) -> VerifyReport:
-    from quantkit.container.shardset import survey  # noqa: PLC0415
-    from quantkit.write.verify import verify  # noqa: PLC0415
+    from quantkit.container.shardset import survey
+    from quantkit.write.verify import verify
 
     view = Silent() if quick or quiet else reporter(quiet=False, as_json=False)
     shards, _ = survey(file)

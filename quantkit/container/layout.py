@@ -40,7 +40,7 @@ _PREAMBLE = struct.Struct("<4sIQQ")
 
 
 @dataclass(frozen=True, slots=True)
-class LaidTensorIn:
+class TensorEntry:
     """A tensor to be placed; `shape` is rows first, the reverse of ggml's `ne`."""
 
     name: str
@@ -85,7 +85,7 @@ class ShardLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    tensor: LaidTensorIn
+    tensor: TensorEntry
     name: bytes
     n_bytes: int
 
@@ -104,7 +104,7 @@ class _Sized:
 def lay_out(
     stem: str,
     kvs: Mapping[str, Kv],
-    tensors: Sequence[LaidTensorIn],
+    tensors: Sequence[TensorEntry],
     *,
     max_shard_bytes: int | None,
     max_shard_tensors: int | None = None,
@@ -193,7 +193,7 @@ def _check_limits(max_bytes: int | None, max_tensors: int | None, alignment: int
         raise UsageError(f"alignment {alignment} is no power of two up to {MAX_ALIGNMENT}")
 
 
-def _measure(tensors: Sequence[LaidTensorIn]) -> list[_Sized]:
+def _measure(tensors: Sequence[TensorEntry]) -> list[_Sized]:
     sized: list[_Sized] = []
     seen: set[str] = set()
     for tensor in tensors:

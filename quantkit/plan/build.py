@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from quantkit import __version__
-from quantkit.container.layout import LaidTensorIn, ShardLayout, lay_out
+from quantkit.container.layout import ShardLayout, TensorEntry, lay_out
 from quantkit.errors import RecipeError
 from quantkit.plan.fallback import fitting_type
 from quantkit.plan.tiles import slab_rows, tile_rows
@@ -94,7 +94,7 @@ def build_plan(
     shards = lay_out(
         stem,
         kvs,
-        [LaidTensorIn(c.spec.name, c.spec.shape, c.type) for c in choices],
+        [TensorEntry(c.spec.name, c.spec.shape, c.type) for c in choices],
         max_shard_bytes=limits.max_shard_bytes,
         max_shard_tensors=limits.max_shard_tensors,
     )

@@ -95,7 +95,11 @@ class Folder:
                 hint="name the checkpoint's folder, the one that holds config.json",
             )
         if not path.is_dir():
-            raise SourceError("no such folder", where=str(path))
+            raise SourceError(
+                "no such folder",
+                where=str(path),
+                hint="MODEL is a local folder; `hf download` fetches one from the Hub",
+            )
         self.root = path.resolve()
 
     def names(self) -> list[str]:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from quantkit.cli.inspect import inspect_command
 from quantkit.container.kv import f32s, i32s, string, strings, u32
-from quantkit.container.layout import LaidTensorIn, lay_out
+from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.errors import GgufError
 from quantkit.types import GgmlType
 from tests.builders.gguf import F64, STRING, gguf_bytes, info, kv, text, write_shards
@@ -27,10 +27,10 @@ KVS = {
     "tokenizer.chat_template": string("{% x %}\n" * 100),
 }
 TENSORS = [
-    LaidTensorIn("token_embd.weight", (8, 256), GgmlType.Q8_0),
-    LaidTensorIn("blk.0.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ2_XXS),
-    LaidTensorIn("blk.1.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ2_XXS),
-    LaidTensorIn("blk.1.exp_probs_b.bias", (4,), GgmlType.F32),
+    TensorEntry("token_embd.weight", (8, 256), GgmlType.Q8_0),
+    TensorEntry("blk.0.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ2_XXS),
+    TensorEntry("blk.1.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ2_XXS),
+    TensorEntry("blk.1.exp_probs_b.bias", (4,), GgmlType.F32),
 ]
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from quantkit.container.kv import CODES, boolean, encode_kv, f32, i32, string, strings, u16, u32
 from quantkit.container.layout import (
-    LaidTensorIn,
     ShardLayout,
+    TensorEntry,
     TensorPlace,
     lay_out,
     padded,
@@ -36,15 +36,15 @@ KVS = {
     "signed": i32(-5),
 }
 TENSORS = [
-    LaidTensorIn("token_embd.weight", (4, 64), GgmlType.Q8_0),
-    LaidTensorIn("blk.0.norm.weight", (3,), GgmlType.F32),
-    LaidTensorIn("blk.0.up.weight", (2, 3, 256), GgmlType.IQ2_XXS),
-    LaidTensorIn("output.weight", (2, 2, 2, 32), GgmlType.Q4_0),
+    TensorEntry("token_embd.weight", (4, 64), GgmlType.Q8_0),
+    TensorEntry("blk.0.norm.weight", (3,), GgmlType.F32),
+    TensorEntry("blk.0.up.weight", (2, 3, 256), GgmlType.IQ2_XXS),
+    TensorEntry("output.weight", (2, 2, 2, 32), GgmlType.Q4_0),
 ]
 
 
-def rows(n: int, n_cols: int = 32) -> list[LaidTensorIn]:
-    return [LaidTensorIn(f"t{i}", (n_cols,), GgmlType.F32) for i in range(n)]
+def rows(n: int, n_cols: int = 32) -> list[TensorEntry]:
+    return [TensorEntry(f"t{i}", (n_cols,), GgmlType.F32) for i in range(n)]
 
 
 def test_a_single_file_has_no_split_keys(tmp_path):
@@ -100,9 +100,9 @@ def test_a_file_is_filled_to_the_last_byte_of_its_limit():
     st.sampled_from([1, 32, 256]),
 )
 def test_limits_hold_and_no_shard_could_take_the_next_tensor(sizes, limit, n_most, alignment):
-    tensors = [LaidTensorIn(f"t{i}", (n,), GgmlType.I8) for i, n in enumerate(sizes)]
+    tensors = [TensorEntry(f"t{i}", (n,), GgmlType.I8) for i, n in enumerate(sizes)]
 
-    def lay(part: list[LaidTensorIn], **limits: int | None) -> tuple[ShardLayout, ...]:
+    def lay(part: list[TensorEntry], **limits: int | None) -> tuple[ShardLayout, ...]:
         return lay_out("m", KVS, part, alignment=alignment, **limits)
 
     layouts = lay(tensors, max_shard_bytes=limit, max_shard_tensors=n_most)
@@ -132,7 +132,7 @@ def file_bytes(no: int, tensors: Sequence[TensorPlace], alignment: int) -> int:
 
 
 def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own():
-    tensors = [*rows(1), LaidTensorIn("big", (1 << 20,), GgmlType.F32), *rows(3)[1:]]
+    tensors = [*rows(1), TensorEntry("big", (1 << 20,), GgmlType.F32), *rows(3)[1:]]
     layouts = lay_out("m", KVS, tensors, max_shard_bytes=4096)
     assert [len(layout.tensors) for layout in layouts] == [1, 1, 2]
 
@@ -166,17 +166,17 @@ def test_more_shards_than_can_be_numbered_are_refused():
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (LaidTensorIn("", (32,), GgmlType.F32), "empty name"),
-        (LaidTensorIn("x" * 64, (32,), GgmlType.F32), "64 bytes"),
-        (LaidTensorIn("a\0", (32,), GgmlType.F32), "NUL"),
-        (LaidTensorIn("t0", (32,), GgmlType.F32), "two tensors"),
-        (LaidTensorIn("a", (), GgmlType.F32), "0 dimensions"),
-        (LaidTensorIn("a", (1, 1, 1, 1, 32), GgmlType.F32), "5 dimensions"),
-        (LaidTensorIn("a", (0, 32), GgmlType.F32), "cannot be stored"),
-        (LaidTensorIn("a", (-1, 32), GgmlType.F32), "cannot be stored"),
-        (LaidTensorIn("a", (1 << 40, 1 << 40), GgmlType.F32), "cannot be stored"),
-        (LaidTensorIn("a", (1 << 61,), GgmlType.F64), "more than a file"),
-        (LaidTensorIn("a", (2, 128), GgmlType.Q4_K), "no multiple of the block of Q4_K, 256"),
+        (TensorEntry("", (32,), GgmlType.F32), "empty name"),
+        (TensorEntry("x" * 64, (32,), GgmlType.F32), "64 bytes"),
+        (TensorEntry("a\0", (32,), GgmlType.F32), "NUL"),
+        (TensorEntry("t0", (32,), GgmlType.F32), "two tensors"),
+        (TensorEntry("a", (), GgmlType.F32), "0 dimensions"),
+        (TensorEntry("a", (1, 1, 1, 1, 32), GgmlType.F32), "5 dimensions"),
+        (TensorEntry("a", (0, 32), GgmlType.F32), "cannot be stored"),
+        (TensorEntry("a", (-1, 32), GgmlType.F32), "cannot be stored"),
+        (TensorEntry("a", (1 << 40, 1 << 40), GgmlType.F32), "cannot be stored"),
+        (TensorEntry("a", (1 << 61,), GgmlType.F64), "more than a file"),
+        (TensorEntry("a", (2, 128), GgmlType.Q4_K), "no multiple of the block of Q4_K, 256"),
     ],
 )
 def test_a_tensor_that_gguf_cannot_hold_is_refused(tensor, message):
@@ -251,7 +251,7 @@ def kv_values(draw) -> Kv:
 
 
 @st.composite
-def tensor_sets(draw) -> list[LaidTensorIn]:
+def tensor_sets(draw) -> list[TensorEntry]:
     names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
     legal = names.filter(lambda name: len(name.encode()) <= 63)
     tensors = []
@@ -259,7 +259,7 @@ def tensor_sets(draw) -> list[LaidTensorIn]:
         type_ = draw(st.sampled_from(list(GgmlType)))
         axes = draw(st.lists(st.integers(1, 4), max_size=3))
         n_cols = type_.block_size * draw(st.integers(1, 2))
-        tensors.append(LaidTensorIn(name, (*axes, n_cols), type_))
+        tensors.append(TensorEntry(name, (*axes, n_cols), type_))
     return tensors
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from quantkit.container.kv import i32, string, u16, u32
-from quantkit.container.layout import LaidTensorIn, lay_out
+from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.container.shardset import open_shards, survey
 from quantkit.errors import GgufError
 from quantkit.types import GgmlType
 from tests.builders.gguf import I32, U16, U32, gguf_bytes, info, kv, write_shards
 
 KVS = {"general.architecture": string("deepseek2"), "deepseek2.block_count": u32(1)}
-TENSORS = [LaidTensorIn(f"t{i}", (2, 32), GgmlType.Q8_0) for i in range(6)]
+TENSORS = [TensorEntry(f"t{i}", (2, 32), GgmlType.Q8_0) for i in range(6)]
 
 
 @pytest.fixture

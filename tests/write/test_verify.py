@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.container.kv import string, u32
-from quantkit.container.layout import LaidTensorIn, lay_out
+from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.container.reader import read_gguf
 from quantkit.errors import GgufError, NonFiniteError
 from quantkit.types import GgmlType
@@ -21,12 +22,12 @@ from tests.builders.gguf import gguf_bytes, info, write_manifest, write_shards
 
 KVS = {"general.architecture": string("deepseek2"), "deepseek2.block_count": u32(1)}
 TENSORS = [
-    LaidTensorIn("token_embd.weight", (6, 64), GgmlType.Q8_0),
-    LaidTensorIn("norm.weight", (2, 5), GgmlType.F32),
-    LaidTensorIn("blk.0.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ1_M),
-    LaidTensorIn("blk.0.ffn_gate_exps.weight", (4, 2, 256), GgmlType.IQ1_M),
-    LaidTensorIn("blk.0.ffn_down_exps.weight", (4, 3, 32), GgmlType.Q4_0),
-    LaidTensorIn("output.weight", (2, 256), GgmlType.Q6_K),
+    TensorEntry("token_embd.weight", (6, 64), GgmlType.Q8_0),
+    TensorEntry("norm.weight", (2, 5), GgmlType.F32),
+    TensorEntry("blk.0.ffn_up_exps.weight", (4, 2, 256), GgmlType.IQ1_M),
+    TensorEntry("blk.0.ffn_gate_exps.weight", (4, 2, 256), GgmlType.IQ1_M),
+    TensorEntry("blk.0.ffn_down_exps.weight", (4, 3, 32), GgmlType.Q4_0),
+    TensorEntry("output.weight", (2, 256), GgmlType.Q6_K),
 ]
 
 
@@ -258,6 +259,15 @@ def test_a_shard_that_only_the_manifest_knows_is_found(made):
     assert "m-00002-of-00003.gguf: in the manifest but missing" in texts(verify(made / "m.gguf"))
 
 
+def test_a_manifest_that_leaves_a_tensor_out_is_found(made):
+    content = json.loads(manifest_path(made, "m").read_bytes())
+    del content["shards"][1]["tensors"][0]
+    manifest_path(made, "m").write_text(json.dumps(content))
+    assert f"{shard(made, 2)}: the tensors are not those of the manifest" in texts(
+        verify(shard(made, 1), deep=False)
+    )
+
+
 def test_a_damaged_manifest_is_a_problem(made):
     manifest_path(made, "m").write_bytes(b"{}")
     report = verify(shard(made, 1))
@@ -314,7 +324,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 
     n_rows = 1 << 14
     layouts = lay_out(
-        "m", KVS, [LaidTensorIn("a", (n_rows, 1024), GgmlType.F32)], max_shard_bytes=None
+        "m", KVS, [TensorEntry("a", (n_rows, 1024), GgmlType.F32)], max_shard_bytes=None
     )
     data = write_shards(tmp_path, layouts)
     write_manifest(tmp_path, "m", layouts, data, chunk_rows=n_rows)

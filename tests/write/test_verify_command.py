@@ -9,13 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.cli.verify import verify_command
-from quantkit.container.layout import LaidTensorIn, lay_out
+from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.types import GgmlType
 from quantkit.write.manifest import manifest_path
 from tests.builders.gguf import gguf_bytes, info, write_manifest, write_shards
 
 INFINITE_LAST = struct.pack("<4f", 0, 1, 2, float("inf"))
-TENSORS = [LaidTensorIn(f"t{i}", (4, 8), GgmlType.F32) for i in range(4)]
+TENSORS = [TensorEntry(f"t{i}", (4, 8), GgmlType.F32) for i in range(4)]
 
 
 @pytest.fixture

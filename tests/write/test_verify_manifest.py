@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.container.layout import LaidTensorIn, lay_out
+from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.errors import GgufError
 from quantkit.types import GgmlType
 from quantkit.write.manifest import (
@@ -22,7 +22,7 @@ from quantkit.write.manifest import (
 )
 from tests.builders.gguf import write_manifest, write_shards
 
-TENSORS = [LaidTensorIn(f"t{i}", (4, 64), GgmlType.Q8_0) for i in range(4)]
+TENSORS = [TensorEntry(f"t{i}", (4, 64), GgmlType.Q8_0) for i in range(4)]
 
 
 @pytest.fixture
@@ -104,6 +104,7 @@ TENSOR = ("shards", 0, "tensors", 0)
         (*TENSOR, "type", "Q9_9"),
         (*TENSOR, "begin", 1 << 20),
         (*TENSOR, "begin", -32),
+        ("shards", 0, "tensors", 1, "begin", 0),
         (*TENSOR, "n_bytes", 0),
         (*TENSOR, "n_slabs", 0),
         (*TENSOR, "n_slabs", 3),

@@ -95,6 +95,18 @@ def helper(function: F) -> F:
     )(function)  # type: ignore[no-any-return]
 
 
+def inlined(function: F) -> F:
+    """Compile a function into its callers: for what is called too often to pass arguments."""
+    return nb.njit(
+        nogil=True,
+        fastmath=False,
+        error_model="numpy",
+        forceinline=True,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )(function)  # type: ignore[no-any-return]
+
+
 def prepared(x: np.ndarray, type_: GgmlType) -> tuple[np.ndarray, np.ndarray]:
     """`x` f32[rows, cols] as kernels need it, contiguous, and room for its blocks."""
     out = np.empty((x.shape[0], type_.row_bytes(x.shape[1])), np.uint8)

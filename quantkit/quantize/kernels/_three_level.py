@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.quantize.grids import grid
-from quantkit.quantize.kernels._common import helper
+from quantkit.quantize.kernels._common import helper, inlined
 from quantkit.quantize.kernels._scales import LANES, take
 from quantkit.quantize.kernels._simd import (
     absolute,
@@ -87,14 +87,14 @@ def new_room(depth: int) -> Any:
     )
 
 
-@helper
+@inlined
 def _change(key: Any, powers: Any) -> Any:
     """What the step named in a key's low bits adds to the code."""
     power = lookup8(powers, (key >> np.int32(1)) & np.int32(7))
     return select((key & np.int32(1)) == np.int32(0), np.int32(0) - power, power)
 
 
-@helper
+@inlined
 def _round_freely(
     w: np.ndarray, u: np.ndarray, at: int, s: Any, levels: Any, keys: np.ndarray, shifts: np.ndarray
 ) -> Any:
@@ -138,7 +138,7 @@ def _round_freely(
     return code, saved, saved - regrets
 
 
-@helper
+@inlined
 def find(
     w: np.ndarray, u: np.ndarray, at: int, s: Any, levels: Any, tables: Any, depth: int, room: Any
 ) -> Any:
