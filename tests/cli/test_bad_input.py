@@ -33,6 +33,7 @@ def convert(monkeypatch, capfd):
     def run(model: Path, out: Path, recipe: str = "q4_x") -> Ended:
         arguments = ["quantkit", "convert", str(model), "-r", recipe, "-o", str(out), "-t", "2"]
         monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest has its own
         with pytest.raises(SystemExit) as ended:
             main()
         return Ended(ended.value.code, capfd.readouterr().err)

@@ -177,7 +177,7 @@ def test_a_signal_ends_the_run_with_its_code_and_it_can_go_on(
     process.send_signal(number)
     _, log = process.communicate(timeout=60)
     if process.returncode != 0:  # it may have been done already
-        assert process.returncode == code
+        assert process.returncode == code, log
         assert "run the same command again" in log
         assert "Traceback" not in log
     run(fixture_model, tmp_path)
