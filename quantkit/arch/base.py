@@ -199,8 +199,8 @@ def norm(name: str, layer: int | None, weight: Weight) -> TensorSpec:
     return TensorSpec(name, "norm", layer, weight.shape, whole(weight), keep=GgmlType.F32)
 
 
-def bias(name: str, role: str, layer: int | None, weight: Weight) -> TensorSpec:
-    """A bias: always F32."""
+def protected(name: str, role: str, layer: int | None, weight: Weight) -> TensorSpec:
+    """A bias or router, small and touchy: always F32."""
     return TensorSpec(name, role, layer, weight.shape, whole(weight), keep=GgmlType.F32)
 
 
@@ -208,3 +208,42 @@ def stack(name: str, role: str, layer: int, experts: list[Weight]) -> TensorSpec
     """Routed experts as one 3-D tensor in order of expert id."""
     slabs = tuple(Slab(weight, 0, weight.n_rows) for weight in experts)
     return TensorSpec(name, role, layer, (len(experts), *experts[0].shape), slabs)
+
+
+def ends(config: Config, weights: WeightMap) -> tuple[TensorSpec, list[TensorSpec]]:
+    """The token embedding, and what follows the last layer: norm and, unless tied, the head."""
+    vocab, hidden = config.count("vocab_size"), config.count("hidden_size")
+    table = weights.take("embed_tokens.weight", vocab, hidden)
+    last = [norm("output_norm.weight", None, weights.take("norm.weight", hidden))]
+    if config.flag("tie_word_embeddings", False):
+        weights.ignore("lm_head.weight", "tied to the token embedding")
+    else:
+        head = weights.take("lm_head.weight", vocab, hidden)
+        last.append(matrix("output.weight", "output", None, head))
+    return matrix("token_embd.weight", "token_embd", None, table), last
+
+
+def swiglu_shapes(width: int, hidden: int) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Names and shapes of a SwiGLU MLP's three matrices."""
+    return ("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))
+
+
+def swiglu(
+    weights: WeightMap,
+    hf: str,
+    blk: str,
+    role: str,
+    layer: int,
+    size: tuple[int, int],
+    suffix: str = "",
+) -> list[TensorSpec]:
+    """A SwiGLU MLP of `size` = (width, hidden): `ffn_gate`, `ffn_up` and `ffn_down`."""
+    return [
+        matrix(
+            f"{blk}ffn_{part}{suffix}.weight",
+            f"{role}.{part}",
+            layer,
+            weights.take(f"{hf}{part}_proj.weight", *shape),
+        )
+        for part, shape in swiglu_shapes(*size)
+    ]

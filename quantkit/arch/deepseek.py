@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import re
 
-from quantkit.arch.base import Advice, Config, Model, WeightMap, bias, matrix, norm, stack, whole
+from quantkit.arch.base import (
+    Advice,
+    Config,
+    Model,
+    WeightMap,
+    ends,
+    matrix,
+    norm,
+    protected,
+    stack,
+    swiglu,
+    swiglu_shapes,
+)
 from quantkit.arch.rope import rope_kvs
 from quantkit.container.kv import boolean, f32, u32
 from quantkit.errors import UnsupportedError
-from quantkit.types import GgmlType, Kv, Slab, SlabOp, TensorSpec
+from quantkit.types import Kv, Slab, SlabOp, TensorSpec
 
 ARCH = "deepseek2"
 _GATING = {"softmax": 1, "sigmoid": 2}
@@ -42,26 +54,14 @@ class DeepSeek:
                 weights.ignore(name, "vision; goes into the mmproj file")
             elif name.endswith(".rotary_emb.inv_freq"):
                 weights.ignore(name, "recomputed at run time")
-        tensors = [*self._ends(config, weights, "token_embd")]
+        embedding, head = ends(config, weights)
+        tensors = [embedding]
         for i in range(n_layers):
             tensors += self._attention(config, weights, i)
             tensors += self._ffn(config, weights, i)
-        tensors += self._ends(config, weights, "output")
+        tensors += head
         weights.refuse_leftovers("DeepSeek/Kimi")
         return Model(ARCH, tuple(tensors), self._kvs(config), self._advice(config), weights.ignored)
-
-    def _ends(self, config: Config, weights: WeightMap, end: str) -> list[TensorSpec]:
-        vocab, hidden = config.count("vocab_size"), config.count("hidden_size")
-        if end == "token_embd":
-            table = weights.take("embed_tokens.weight", vocab, hidden)
-            return [matrix("token_embd.weight", "token_embd", None, table)]
-        tensors = [norm("output_norm.weight", None, weights.take("norm.weight", hidden))]
-        if config.flag("tie_word_embeddings", False):
-            weights.ignore("lm_head.weight", "tied to the token embedding")
-        else:
-            head = weights.take("lm_head.weight", vocab, hidden)
-            tensors.append(matrix("output.weight", "output", None, head))
-        return tensors
 
     def _attention(self, config: Config, weights: WeightMap, i: int) -> list[TensorSpec]:
         hidden, n_heads = config.count("hidden_size"), config.count("num_attention_heads")
@@ -111,24 +111,15 @@ class DeepSeek:
         hf += "mlp."
         if not _is_moe(config, i):
             width = config.count("intermediate_size")
-            return tensors + _mlp(weights, hf, blk, "dense_ffn", i, width, hidden, "")
+            return tensors + swiglu(weights, hf, blk, "dense_ffn", i, (width, hidden))
         n_experts, width = config.count("n_routed_experts"), config.count("moe_intermediate_size")
         router = weights.take(f"{hf}gate.weight", n_experts, hidden)
-        tensors.append(
-            TensorSpec(
-                f"{blk}ffn_gate_inp.weight",
-                "router",
-                i,
-                router.shape,
-                whole(router),
-                keep=GgmlType.F32,
-            )
-        )
+        tensors.append(protected(f"{blk}ffn_gate_inp.weight", "router", i, router))
         correction = f"{hf}gate.e_score_correction_bias"
         if correction in weights:
             weight = weights.take(correction, n_experts)
-            tensors.append(bias(f"{blk}exp_probs_b.bias", "router_bias", i, weight))
-        for part, shape in _parts(width, hidden):
+            tensors.append(protected(f"{blk}exp_probs_b.bias", "router_bias", i, weight))
+        for part, shape in swiglu_shapes(width, hidden):
             experts = [
                 weights.take(f"{hf}experts.{e}.{part}_proj.weight", *shape)
                 for e in range(n_experts)
@@ -137,16 +128,9 @@ class DeepSeek:
                 stack(f"{blk}ffn_{part}_exps.weight", f"routed_expert.{part}", i, experts)
             )
         if n_shared := config.count("n_shared_experts", 0):
-            tensors += _mlp(
-                weights,
-                f"{hf}shared_experts.",
-                blk,
-                "shared_expert",
-                i,
-                width * n_shared,
-                hidden,
-                "_shexp",
-            )
+            size = (width * n_shared, hidden)
+            shared = f"{hf}shared_experts."
+            tensors += swiglu(weights, shared, blk, "shared_expert", i, size, "_shexp")
         return tensors
 
     def _kvs(self, config: Config) -> dict[str, Kv]:
@@ -208,31 +192,6 @@ class DeepSeek:
                 "from a deepseek2 file and would use 32, which hurts long contexts",
             ),
         )
-
-
-def _parts(width: int, hidden: int) -> tuple[tuple[str, tuple[int, int]], ...]:
-    return ("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))
-
-
-def _mlp(
-    weights: WeightMap,
-    hf: str,
-    blk: str,
-    role: str,
-    i: int,
-    width: int,
-    hidden: int,
-    suffix: str,
-) -> list[TensorSpec]:
-    return [
-        matrix(
-            f"{blk}ffn_{part}{suffix}.weight",
-            f"{role}.{part}",
-            i,
-            weights.take(f"{hf}{part}_proj.weight", *shape),
-        )
-        for part, shape in _parts(width, hidden)
-    ]
 
 
 def _check_lite(config: Config, n_layers: int) -> None:

@@ -6,7 +6,7 @@ interleaved head by head.
 
 from __future__ import annotations
 
-from quantkit.arch.base import Config, Model, WeightMap, matrix, norm, whole
+from quantkit.arch.base import Config, Model, WeightMap, ends, matrix, norm, swiglu, whole
 from quantkit.arch.rope import rope_freqs, rope_kvs
 from quantkit.container.kv import f32, u32
 from quantkit.errors import SourceError, UnsupportedError
@@ -24,22 +24,16 @@ class Llama:
         """See `Family.describe`."""
         if config.string("hidden_act", "silu") != "silu":
             raise UnsupportedError("hidden_act is not silu", where="config.json")
-        hidden, vocab = config.count("hidden_size"), config.count("vocab_size")
         for name in weights.names():
             if name.endswith(".rotary_emb.inv_freq"):
                 weights.ignore(name, "recomputed at run time")
-        table = weights.take("embed_tokens.weight", vocab, hidden)
-        tensors = [matrix("token_embd.weight", "token_embd", None, table)]
+        embedding, head = ends(config, weights)
+        tensors = [embedding]
         if freqs := rope_freqs(config, _head_dim(config)):
             tensors.append(freqs)
         for i in range(config.count("num_hidden_layers")):
             tensors += self._layer(config, weights, i)
-        tensors.append(norm("output_norm.weight", None, weights.take("norm.weight", hidden)))
-        if config.flag("tie_word_embeddings", False):
-            weights.ignore("lm_head.weight", "tied to the token embedding")
-        else:
-            head = weights.take("lm_head.weight", vocab, hidden)
-            tensors.append(matrix("output.weight", "output", None, head))
+        tensors += head
         weights.refuse_leftovers("Llama")
         return Model(ARCH, tuple(tensors), self._kvs(config), ignored=weights.ignored)
 
@@ -68,13 +62,7 @@ class Llama:
             matrix(f"{blk}attn_output.weight", "attention.output", i, out),
             norm(f"{blk}ffn_norm.weight", i, after),
         ]
-        for part, shape in (
-            ("gate", (width, hidden)),
-            ("up", (width, hidden)),
-            ("down", (hidden, width)),
-        ):
-            weight = weights.take(f"{hf}mlp.{part}_proj.weight", *shape)
-            tensors.append(matrix(f"{blk}ffn_{part}.weight", f"dense_ffn.{part}", i, weight))
+        tensors += swiglu(weights, f"{hf}mlp.", blk, "dense_ffn", i, (width, hidden))
         return tensors
 
     def _kvs(self, config: Config) -> dict[str, Kv]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from quantkit.arch.base import Config, Model, SideFiles, WeightMap, bias, norm, whole
+from quantkit.arch.base import Config, Model, SideFiles, WeightMap, norm, protected, whole
 from quantkit.container.kv import boolean, f32, f32s, string, u32
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.types import GgmlType, Kv, Slab, SlabOp, TensorSpec, Weight
@@ -72,7 +72,7 @@ def _tensors(tower: _Tower, weights: WeightMap) -> Iterator[TensorSpec]:
     yield TensorSpec(
         "v.patch_embd.weight", "vision.patch_embd", None, patches.shape, whole(patches)
     )
-    yield bias(
+    yield protected(
         "v.patch_embd.bias", "vision.patch_embd", None, weights.take(f"{embed}proj.bias", hidden)
     )
     table = weights.take(f"{embed}pos_emb.weight", *tower.grid, hidden)
@@ -114,7 +114,7 @@ def _linear(
         yield norm(f"{name}.weight", layer, weight)
     else:
         yield TensorSpec(f"{name}.weight", role, layer, weight.shape, whole(weight))
-    yield bias(f"{name}.bias", role, layer, weights.take(f"{hf}.bias", shape[0]))
+    yield protected(f"{name}.bias", role, layer, weights.take(f"{hf}.bias", shape[0]))
 
 
 def _qkv(tower: _Tower, name: str, layer: int, weight: Weight) -> TensorSpec:
