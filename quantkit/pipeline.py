@@ -72,9 +72,16 @@ class Output:
     force: bool = False
 
 
+# Below this, which weights matter decides the result, and rounding all alike costs much.
+_WANTS_IMPORTANCE_BPW = 3.5
+
+
 def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
     """Convert a checkpoint; every file of it is complete under its final name, or there is none."""
     with planned(job, reporter) as (checkpoint, decided):
+        low = {t.type.name for t in decided.plans[-1].tensors if t.type.bpw < _WANTS_IMPORTANCE_BPW}
+        if low:
+            reporter.warn(f"{', '.join(sorted(low))} without an imatrix: all columns count alike")
         for plan in decided.plans:
             if is_written(output.folder, plan, force=output.force):
                 reporter.stage("write", f"{plan.stem} is already there, nothing to do")
@@ -95,8 +102,7 @@ def _plan(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> Planned:
 
 
 def _plan_file(job: Job, checkpoint: Checkpoint, model: Model, recipe: Recipe, kind: str) -> Plan:
-    n_layers = 1 + max((t.layer for t in model.tensors if t.layer is not None), default=-1)
-    chooser = TypeChooser(recipe, n_layers, encodable())
+    chooser = TypeChooser(recipe, model.tensors, encodable())
     general = general_kvs(
         model.arch,
         kind,

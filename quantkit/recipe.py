@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,15 @@ from typing import Annotated, Any, Literal
 
 import regex
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 
 from quantkit.errors import RecipeError
 from quantkit.types import GgmlType, TensorSpec
@@ -35,7 +44,45 @@ def _type(value: object) -> GgmlType:
     return GgmlType[name]
 
 
-TypeName = Annotated[GgmlType, BeforeValidator(_type)]
+def _text(value: object) -> object:
+    """YAML reads `8` as a number; the keys below are text that may look like one."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+TypeName = Annotated[GgmlType, BeforeValidator(_type), PlainSerializer(lambda t: t.name)]
+Count = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}\+?$")]
+Portion = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}(/[1-9][0-9]{0,5})?$")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What rules may ask of a whole model, read off its tensors.
+
+    `gqa` is the number of query heads per key head, 0 where that is not a matter of attention.k
+    (MLA). `tied` says that the token embedding is the head as well.
+    """
+
+    n_layers: int
+    n_experts: int
+    gqa: int
+    tied: bool
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorSpec]) -> _Facts:
+        shapes: dict[str, tuple[int, ...]] = {}
+        n_layers = 0
+        for tensor in tensors:
+            n_layers = max(n_layers, 0 if tensor.layer is None else tensor.layer + 1)
+            if len(tensor.shape) > 1:
+                shapes.setdefault(tensor.role, tensor.shape)
+        q, k = shapes.get("attention.q"), shapes.get("attention.k")
+        experts = shapes.get("routed_expert.down")
+        return cls(
+            n_layers,
+            n_experts=experts[0] if experts else 0,
+            gqa=q[0] // k[0] if q and k else 0,
+            tied="output" not in shapes,
+        )
 
 
 class _Strict(BaseModel):
@@ -46,14 +93,22 @@ class Rule(_Strict):
     """One line of a recipe: every condition given has to hold.
 
     `role` is a glob over roles (`routed_expert.*`), `layers` a list of numbers and ranges
-    (`0-3,7`; `-1` counts from the end), `tensor` a regular expression searched for in the GGUF
-    tensor name, as in llama-quantize's `--tensor-type`.
+    (`0-3,7`; `-1` counts from the end; `0-1/8` is the first eighth), `tensor` a regular expression
+    searched for in the GGUF tensor name, as in llama-quantize's `--tensor-type`.
+
+    `experts`, `gqa` and `n_layers` ask for a number of the model, `8` or `4+`. `first` stops the
+    rule after so many tensors. `otherwise` replaces `type` where rows do not divide into blocks.
     """
 
     role: str | None = None
-    layers: str | None = None
+    layers: Annotated[str, BeforeValidator(_text)] | None = None
     tensor: str | None = None
+    experts: Count | None = None
+    gqa: Count | None = None
+    n_layers: Count | None = None
+    first: Portion | None = None
     type: TypeName
+    otherwise: TypeName | None = None
 
     @field_validator("tensor")
     @classmethod
@@ -65,30 +120,59 @@ class Rule(_Strict):
                 raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
-    @field_validator("layers", mode="before")
+    @field_validator("layers")
     @classmethod
-    def _parses(cls, text: object) -> object:
-        if isinstance(text, int) and not isinstance(text, bool):
-            text = str(text)
-        if isinstance(text, str):
+    def _parses(cls, text: str | None) -> str | None:
+        if text is not None:
             _layer_set(text, 1)
         return text
 
-    def matches(self, tensor: TensorSpec, n_layers: int) -> bool:
-        """Whether the rule speaks of this tensor."""
-        if self.role is not None and not fnmatchcase(tensor.role, self.role):
+
+class _Bound:
+    """A rule at work on one model; counts the tensors that it has decided."""
+
+    def __init__(self, rule: Rule, facts: _Facts) -> None:
+        self._rule = rule
+        self._tied = facts.tied
+        self._layers = _layer_set(rule.layers, facts.n_layers) if rule.layers else None
+        self._left = _portion(rule.first, facts.n_layers) if rule.first else None
+        self._off = not (
+            _holds(rule.experts, facts.n_experts)
+            and _holds(rule.gqa, facts.gqa)
+            and _holds(rule.n_layers, facts.n_layers)
+        )
+
+    def decide(self, tensor: TensorSpec) -> GgmlType | None:
+        """The type, if the rule speaks of this tensor."""
+        if self._off or self._left == 0 or not self._matches(tensor):
+            return None
+        if self._left is not None:
+            self._left -= 1
+        rule = self._rule
+        misfit = tensor.grid[1] % rule.type.block_size != 0
+        return rule.otherwise if misfit and rule.otherwise is not None else rule.type
+
+    def _matches(self, tensor: TensorSpec) -> bool:
+        rule = self._rule
+        if rule.role is not None and not any(
+            fnmatchcase(role, rule.role) for role in self._roles(tensor)
+        ):
             return False
-        if self.layers is not None and tensor.layer not in _layer_set(self.layers, n_layers):
+        if self._layers is not None and tensor.layer not in self._layers:
             return False
-        if self.tensor is None:
+        if rule.tensor is None:
             return True
         try:
-            return bool(regex.search(self.tensor, tensor.name, timeout=_PATTERN_SECONDS))
+            return bool(regex.search(rule.tensor, tensor.name, timeout=_PATTERN_SECONDS))
         except TimeoutError:
             raise RecipeError(
-                f"pattern {self.tensor!r} takes too long on {tensor.name}",
+                f"pattern {rule.tensor!r} takes too long on {tensor.name}",
                 hint="avoid nested repetitions such as (a+)+",
             ) from None
+
+    def _roles(self, tensor: TensorSpec) -> tuple[str, ...]:
+        both = self._tied and tensor.role == "token_embd"
+        return ("token_embd", "output") if both else (tensor.role,)
 
 
 class Sampling(_Strict):
@@ -125,24 +209,31 @@ class Recipe(_Strict):
     effort: Literal["fast", "default", "best"] = "default"
     sampling: Sampling = Sampling()
 
-    def type_of(self, tensor: TensorSpec, n_layers: int) -> GgmlType:
-        """The type the recipe asks for; whether the shape allows it is the plan's matter."""
-        for rule in self.rules:
-            if rule.matches(tensor, n_layers):
-                return rule.type
-        return self.default
+    def assign(self, tensors: Sequence[TensorSpec]) -> dict[str, GgmlType]:
+        """The type that the recipe asks for, by name, of every tensor that a recipe may change.
+
+        `tensors` are all of a model: rules may ask for the number of its layers or experts.
+        Whether a shape allows a type is the plan's matter.
+        """
+        facts = _Facts.of(tensors)
+        rules = [_Bound(rule, facts) for rule in self.rules]
+        free = [tensor for tensor in tensors if tensor.keep is None]
+        types = {}
+        for tensor in sorted(free, key=lambda t: (-1 if t.layer is None else t.layer, t.name)):
+            decisions = (rule.decide(tensor) for rule in rules)
+            types[tensor.name] = next((t for t in decisions if t is not None), self.default)
+        return types
 
     def types(self) -> frozenset[GgmlType]:
         """Every type the recipe may ask for."""
-        return frozenset({self.default, *(rule.type for rule in self.rules)})
+        asked = {self.default}
+        for rule in self.rules:
+            asked |= {rule.type, rule.type if rule.otherwise is None else rule.otherwise}
+        return frozenset(asked)
 
     def canonical(self) -> dict[str, Any]:
         """Plain data, the same for recipes that mean the same; prose is left out."""
-        data = self.model_dump(exclude={"description"})
-        data["default"] = self.default.name
-        for rule, dumped in zip(self.rules, data["rules"], strict=True):
-            dumped["type"] = rule.type.name
-        return data
+        return self.model_dump(exclude={"description"}, exclude_none=True)
 
     def digest(self) -> str:
         """sha256 of the canonical form."""
@@ -218,13 +309,50 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_END = r"(-?\d{1,6}|\d{1,6}/[1-9]\d{0,5})"
+_RANGE = regex.compile(rf"{_END}(?:\s*-\s*{_END})?")
+
+
 def _layer_set(text: str, n_layers: int) -> frozenset[int]:
+    """Layers of a list such as `0-3,7`, `-1`, `1/8-7/8` or `more-bits`.
+
+    A range up to a fraction of the depth stops before the layer that begins there.
+    """
     chosen: set[int] = set()
     for part in text.split(","):
-        found = regex.fullmatch(r"\s*(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?\s*", part)
-        if not found:
-            raise ValueError(f"layers should look like 0-3,7 or -1, not {text!r}")
-        first, last = int(found[1]), int(found[2] or found[1])
-        low, high = (n + n_layers if n < 0 else n for n in (first, last))
-        chosen.update(range(low, min(high, 1 << 16) + 1))
+        found = _RANGE.fullmatch(part.strip())
+        if part.strip() == "more-bits":
+            chosen |= _more_bits(n_layers)
+        elif found and (found[2] or "/" not in found[1]):
+            first, last = found[1], found[2] or found[1]
+            low, high = (_place(end, n_layers) for end in (first, last))
+            chosen.update(range(max(low, 0), min(high, 1 << 16) + ("/" not in last)))
+        else:
+            raise ValueError(
+                f"layers should look like 0-3,7 or -1 or 0-1/8 or more-bits, not {text!r}"
+            )
     return frozenset(chosen)
+
+
+def _more_bits(n_layers: int) -> set[int]:
+    """First and last eighth and every third layer between, llama.cpp's `use_more_bits`."""
+    early, late = n_layers // 8, 7 * n_layers // 8
+    return {i for i in range(n_layers) if i < early or i >= late or (i - early) % 3 == 2}
+
+
+def _place(end: str, n_layers: int) -> int:
+    place = _portion(end, n_layers)
+    return place + n_layers if place < 0 else place
+
+
+def _portion(text: str, whole: int) -> int:
+    """A number, or a fraction of `whole`, rounded down."""
+    number, _, divisor = text.partition("/")
+    return int(number) * whole // int(divisor) if divisor else int(number)
+
+
+def _holds(condition: str | None, value: int) -> bool:
+    if condition is None:
+        return True
+    wanted = int(condition.rstrip("+"))
+    return value >= wanted if condition.endswith("+") else value == wanted

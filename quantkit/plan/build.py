@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit import __version__
@@ -56,9 +56,11 @@ class _Choice:
 
 
 class TypeChooser:
-    """Chooses types by recipe, role and shape; knows which types can be encoded."""
+    """Types of one model's tensors, by recipe and shape; refuses what cannot be encoded."""
 
-    def __init__(self, recipe: Recipe, n_layers: int, encodable: Collection[GgmlType]) -> None:
+    def __init__(
+        self, recipe: Recipe, tensors: Sequence[TensorSpec], encodable: Collection[GgmlType]
+    ) -> None:
         missing = sorted(t.name for t in recipe.types() if t not in encodable)
         if missing:
             raise RecipeError(
@@ -66,14 +68,13 @@ class TypeChooser:
                 where=f"recipe {recipe.name}",
                 hint=f"choose from {', '.join(sorted(t.name for t in encodable))}",
             )
-        self._recipe = recipe
-        self._n_layers = n_layers
+        self._wanted = recipe.assign(tensors)
 
     def choose(self, spec: TensorSpec) -> _Choice:
-        """Type of one tensor."""
+        """Type of one of the model's tensors."""
         if spec.keep is not None:
             return _Choice(spec, spec.keep, spec.keep, repack=False)
-        wanted = self._recipe.type_of(spec, self._n_layers)
+        wanted = self._wanted[spec.name]
         type_ = fitting_type(wanted, spec.grid[1])
         return _Choice(spec, wanted, type_, repack=_can_repack(spec, type_))
 

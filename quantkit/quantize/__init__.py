@@ -59,6 +59,9 @@ def decode(blocks: npt.ArrayLike, type_name: str) -> Tile:
             f"{type_name} needs uint8 rows of a multiple of {codec.type.block_bytes} bytes,"
             f" got {stored.dtype} of shape {stored.shape}"
         )
+    if not len(stored):
+        cols = stored.shape[1] // codec.type.block_bytes * codec.type.block_size
+        return np.empty((0, cols), np.float32)
     return codec.decode(stored)
 
 

@@ -68,6 +68,13 @@ _HOMES: dict[GgmlType, str] = {
     GgmlType.TQ2_0: "ternary",
     GgmlType.Q1_0: "ternary",
     GgmlType.Q2_0: "ternary",
+    GgmlType.IQ1_S: "iq1",
+    GgmlType.IQ1_M: "iq1",
+    GgmlType.IQ2_XXS: "iq2",
+    GgmlType.IQ2_XS: "iq2",
+    GgmlType.IQ2_S: "iq2",
+    GgmlType.IQ3_XXS: "iq3",
+    GgmlType.IQ3_S: "iq3",
 }
 _LOADED: dict[GgmlType, Codec] = {}
 

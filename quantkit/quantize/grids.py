@@ -29,3 +29,17 @@ def lanes(type_name: str) -> npt.NDArray[np.float32]:
     flat = np.ascontiguousarray(grid(type_name).T).ravel()
     flat.setflags(write=False)
     return flat
+
+
+def signs_of(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Sign bytes u8[n] -> f32[n, 8] of +-1; bit j set is minus at place j."""
+    return 1 - 2 * np.unpackbits(bits.reshape(-1, 1), 1, bitorder="little").astype(np.float32)
+
+
+def even_signs(ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+    """Seven-bit sign ids -> f32[n, 8] of +-1, the eighth making the number of minuses even."""
+    return signs_of(_EVEN[ids])
+
+
+_IDS = np.arange(128, dtype=np.uint8)
+_EVEN = _IDS | (np.unpackbits(_IDS[:, np.newaxis], 1).sum(1, dtype=np.uint8) & 1) << 7

@@ -12,12 +12,12 @@ COMMANDS = ("convert", "plan", "inspect", "verify", "recipes")
 
 def modules_after(arguments: list[str]) -> set[str]:
     code = (
-        "import sys; sys.argv = ['quantkit', *%r]\n"
+        f"import sys; sys.argv = ['quantkit', *{arguments!r}]\n"
         "from quantkit.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print('\\n'.join(sys.modules), file=sys.stderr)"
-    ) % (arguments,)
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -15,7 +15,10 @@ import numpy.typing as npt
 
 from quantkit.types import GgmlType
 
-_PLAIN = {GgmlType.F32: np.dtype(np.float32), GgmlType.F16: np.dtype(np.float16)}
+_PLAIN: dict[GgmlType, np.dtype[np.floating]] = {
+    GgmlType.F32: np.dtype(np.float32),
+    GgmlType.F16: np.dtype(np.float16),
+}
 
 
 def library_path(package: str = "libggml") -> Path | None:
@@ -90,7 +93,8 @@ def ggml_decode(
     """u8[rows, row_bytes] -> f32[rows, cols]."""
     blocks = np.ascontiguousarray(blocks, np.uint8)
     if type_ in _PLAIN:
-        return blocks.view(_PLAIN[type_]).astype(np.float32)
+        plain: npt.NDArray[np.floating] = blocks.view(_PLAIN[type_])
+        return plain.astype(np.float32)
     if type_ is GgmlType.BF16:
         return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     cols = blocks.shape[1] // type_.block_bytes * type_.block_size

@@ -48,12 +48,12 @@ DATA = {"gauss": gauss, "student": student, "lattice": lattice}
 def error(x: F32, decoded: F32, importance: F32 | None) -> float:
     """sum w (x - x^)^2 / sum w x^2, w = 1 without importance."""
     w = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
-    return float((w * (x.astype(np.float64) - decoded) ** 2).sum() / (w * x.astype(float) ** 2).sum())
+    return float(
+        (w * (x.astype(np.float64) - decoded) ** 2).sum() / (w * x.astype(float) ** 2).sum()
+    )
 
 
-def error_ratio(
-    type_: GgmlType, x: F32, importance: F32 | None, effort: str = "default"
-) -> float:
+def error_ratio(type_: GgmlType, x: F32, importance: F32 | None, effort: str = "default") -> float:
     """Our error over ggml's; 1 where both are exact."""
     theirs = error(x, ggml_decode(ggml_encode(x, type_, importance), type_), importance)
     ours = error(x, decode(encode(x, type_.name, importance, effort), type_.name), importance)
@@ -132,7 +132,11 @@ def check_hostile_rows_stay_finite(type_: GgmlType, effort: str) -> None:
         for weighting in ("importance", "ggml"):
             blocks = encode(x, type_.name, importance, effort, weighting)
             decoded = decode(blocks, type_.name)
-            bad = [row for row, values in zip(rows, decoded, strict=True) if not np.isfinite(values).all()]
+            bad = [
+                row
+                for row, values in zip(rows, decoded, strict=True)
+                if not np.isfinite(values).all()
+            ]
             assert not bad, (name, weighting)
             assert ggml_valid(blocks, type_), (name, weighting)
             assert not decoded[:2].any(), (name, weighting)

@@ -54,7 +54,9 @@ def test_error_is_no_larger_than_ggmls(
     assert laws.error_ratio(type_, laws.DATA[data](48), importance, effort) <= 1.0
 
 
-@pytest.mark.parametrize("type_", [t for t in TYPES if t is not GgmlType.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "type_", [t for t in TYPES if t is not GgmlType.Q8_0], ids=lambda t: t.name
+)
 def test_ggmls_weighting_can_be_chosen(type_: GgmlType) -> None:
     laws.check_weighting_is_switchable(type_, 1.0, laws.COLS)
 
@@ -70,17 +72,22 @@ def test_int4_lattice_is_kept_exactly(type_: GgmlType, weighted: bool) -> None:
 @pytest.mark.parametrize("type_", [GgmlType.Q4_1, GgmlType.Q5_1], ids=lambda t: t.name)
 def test_affine_lattice_is_kept_exactly(type_: GgmlType) -> None:
     rng = np.random.default_rng(1)
-    codes = rng.integers(0, 16, (8, 32, 32)).astype(np.float32)
-    codes[:, :, :2] = 0, 15
+    top = 15 if type_ is GgmlType.Q4_1 else 31
+    codes = rng.integers(0, top + 1, (8, 32, 32)).astype(np.float32)
+    codes[:, :, :2] = 0, top
     d, m = (rng.standard_normal((2, 8, 32, 1)) * 0.1).astype(np.float16).astype(np.float32)
-    x = (codes * d + m).reshape(8, -1)
+    x = (codes * np.abs(d) + m).reshape(8, -1)
     for effort in EFFORTS:
         assert np.array_equal(decode(encode(x, type_.name, None, effort), type_.name), x)
 
 
 @pytest.mark.parametrize(
     ("type_", "low", "high", "slack"),
-    [(GgmlType.Q4_0, -8, 7, 1.004), (GgmlType.Q5_0, -16, 15, 1.006), (GgmlType.Q8_0, -127, 127, 1.6)],
+    [
+        (GgmlType.Q4_0, -8, 7, 1.004),
+        (GgmlType.Q5_0, -16, 15, 1.006),
+        (GgmlType.Q8_0, -127, 127, 1.6),
+    ],
     ids=["Q4_0", "Q5_0", "Q8_0"],
 )
 def test_best_comes_close_to_an_exhaustive_search(

@@ -6,12 +6,13 @@ and a block scale s = unit * (2 l + 1),
 
     sum w (x - s g)^2 = const - s (b - s a),   a = sum w g^2,   b = 2 sum w x g.
 
-So at scale s the best entries save s v(s), where v(s), the sum over groups of the largest
-b - s a, is convex and falling. A few samples of v per block, joined by straight lines, therefore
-tell well enough which unit and which l to take before any entry is settled.
+So at scale s the best entries save s v(s), where v(s), the sum over groups of the largest b - s a,
+is convex and falling. A few samples of v per block therefore tell well enough which unit and which
+l to take before any entry is settled.
 
-Arrays over the blocks of a super-block ("lanes") hold 8 or 16 values; samples k of all blocks are
-neighbours: `values[k * n_blocks + block]`.
+Blocks of a super-block sit side by side in vectors of 8: sample k of block i is
+`values[k * n_blocks + i]`. A tile holds 8 blocks transposed: element p of block i lies at
+`8 * p + i`; super-blocks of 16 blocks are two tiles.
 """
 
 from __future__ import annotations
@@ -24,34 +25,37 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quantkit.quantize.kernels._common import GGML, helper
+from quantkit.quantize.kernels._common import GGML, f16_bits, f16_value, helper
 from quantkit.quantize.kernels._simd import (
     Vec,
+    absolute,
     as_f32,
     as_i32,
     fma,
-    lane,
+    largest,
     load8,
     maximum,
     minimum,
     rint,
     select,
     splat8,
+    sqrt,
     store,
     total,
+    transpose8,
 )
 
 LANES = 8
 SUPER = 256
-F16_MAX = np.float32(65504.0)
 LOWEST = np.float32(-3e38)
-FAINT = np.float32(1e-15)  # no f16 scale reaches down to such a block
-IOTA = np.arange(16, dtype=np.int32)
+_F16_MAX = np.float32(65504.0)
+_FAINT = np.float32(1e-15)  # no f16 scale reaches down to such weights
+LANE = np.arange(16, dtype=np.int32)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def take(typingctx: Any, array: Any, index: Any) -> Any:
-    """`array[index]` for a vector of i32 indices, which are not checked."""
+    """`array[index]` for a vector of i32 indices >= 0, which are not checked."""
     result = Vec("f32" if array.dtype == types.float32 else "i32", index.lanes)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -73,95 +77,148 @@ def load_importance(q: np.ndarray, at: int, w: np.ndarray) -> None:
 
     The floor decides only between choices that importance calls equal.
     """
-    peak = np.float32(0.0)
-    for i in range(SUPER):
-        peak = max(peak, q[at + i])
+    top = splat8(np.float32(0.0))
+    for i in range(at, at + SUPER, LANES):
+        top = maximum(top, load8(q, i))
+    peak = largest(top)
     for i in range(SUPER):
         w[i] = max(q[at + i] / peak, np.float32(1e-8)) if peak > 0 else np.float32(1.0)
 
 
 @helper
-def load_weights(row: np.ndarray, at: int, x: np.ndarray) -> int:
-    """A super-block scaled by a power of two to a peak in [0.5, 1); gives the exponent.
+def load_weights(x: np.ndarray, at: int, v: np.ndarray) -> Any:
+    """A super-block divided by a power of two, to a peak in [0.5, 1); gives that power.
 
-    A block too faint for any f16 scale gives -1000.
+    Gives 0 for a super-block too faint for any f16 scale.
     """
-    peak = np.float32(0.0)
-    for i in range(SUPER):
-        peak = max(peak, abs(row[at + i]))
-    if peak < FAINT:
-        return -1000
-    exponent = math.frexp(peak)[1]
+    top = splat8(np.float32(0.0))
+    for i in range(at, at + SUPER, LANES):
+        top = maximum(top, absolute(load8(x, i)))
+    peak = largest(top)
+    if peak < _FAINT:
+        return np.float32(0.0)
+    exponent = min(math.frexp(peak)[1], 127)
     down = np.float32(math.ldexp(1.0, -exponent))
-    for i in range(SUPER):
-        x[i] = row[at + i] * down
-    return exponent
+    for i in range(0, SUPER, LANES):
+        store(v, i, load8(x, at + i) * down)
+    return np.float32(math.ldexp(1.0, exponent))
 
 
 @helper
-def ggml_weights(x: np.ndarray, q: np.ndarray, c: Any, w: np.ndarray) -> None:
-    """llama.cpp's error weights q * sqrt(c * mean(x^2) + x^2) of a super-block."""
-    square = np.float32(0.0)
+def load_error_weights(v: np.ndarray, q: np.ndarray, weighting: int, c: Any, w: np.ndarray) -> None:
+    """Error weights of a super-block: `q`, or llama.cpp's q * sqrt(c * mean(x^2) + x^2)."""
+    floor = np.float32(0.0)
+    if weighting == GGML:
+        for i in range(SUPER):
+            floor += v[i] * v[i]
+        floor *= np.float32(c / SUPER)
     for i in range(SUPER):
-        square += x[i] * x[i]
-    floor = square * np.float32(c / SUPER)
-    for i in range(SUPER):
-        w[i] = q[i] * np.sqrt(floor + x[i] * x[i])
+        w[i] = q[i] * np.sqrt(floor + v[i] * v[i]) if weighting == GGML else q[i]
+
+
+@helper
+def to_tiles(v: np.ndarray, size: int, tiles: np.ndarray) -> None:
+    """Blocks of `size` of a super-block transposed into tiles."""
+    for at in range(0, SUPER, LANES * size):
+        for i in range(0, size, 8):
+            transpose8(v, at + i, size, tiles, at + LANES * i)
 
 
 @helper
 def lay_samples(
-    x: np.ndarray, w: np.ndarray, n_blocks: int, span: np.ndarray, n_samples: int,
-    first: np.ndarray, step: np.ndarray,
+    x: np.ndarray,
+    w: np.ndarray,
+    span: np.ndarray,
+    n_samples: int,
+    first: np.ndarray,
+    step: np.ndarray,
 ) -> None:
-    """Lay each block's samples over `span` (lowest, highest scale) times its weighted rms."""
-    size = SUPER // n_blocks
-    for block in range(n_blocks):
-        w1 = np.float32(0.0)
-        w2 = np.float32(0.0)
-        w3 = np.float32(0.0)
-        for i in range(block * size, (block + 1) * size):
-            square = w[i] * x[i] * x[i]
-            w1 += w[i]
-            w2 += square
-            w3 += square * abs(x[i])
-        centre = np.sqrt(np.sqrt(w2 / w1) * (w3 / w2)) if w3 > 0 else np.float32(1e-9)
-        first[block] = centre * span[0]
-        step[block] = centre * (span[1] - span[0]) / np.float32(n_samples - 1)
+    """Where to sample each block of the tiles `x`: over `span` times a typical magnitude.
+
+    The magnitude, sqrt(rms * sum w |x|^3 / sum w x^2), predicts the best scale better than the
+    rms alone: scales follow the large weights.
+    """
+    size = SUPER // first.size
+    for block in range(0, first.size, LANES):
+        w1 = splat8(np.float32(0.0))
+        w2 = w1
+        w3 = w1
+        for i in range(block * size, (block + LANES) * size, LANES):
+            v = absolute(load8(x, i))
+            square = load8(w, i) * v * v
+            w1 = w1 + load8(w, i)
+            w2 = w2 + square
+            w3 = fma(square, v, w3)
+        w2 = maximum(w2, np.float32(1e-30))
+        centre = maximum(sqrt(sqrt(w2 / w1) * (w3 / w2)), np.float32(1e-9))
+        store(first, block, centre * span[0])
+        store(step, block, centre * ((span[1] - span[0]) / np.float32(n_samples - 1)))
 
 
 @helper
-def best_scales(
-    values: np.ndarray, n_blocks: int, n_samples: int, first: np.ndarray, step: np.ndarray,
+def fit_parabolas(
+    values: np.ndarray,
+    n_samples: int,
+    first: np.ndarray,
+    step: np.ndarray,
     best: np.ndarray,
+    bend: np.ndarray,
 ) -> None:
-    """The scale with the largest s v(s) for each block, by a parabola through the best sample."""
+    """Parabolas peak - bend (s - best)^2 for what each block saves, through its best samples."""
+    n_blocks = first.size
     for at in range(0, n_blocks, LANES):
         gap = load8(step, at)
         s = load8(first, at)
         top = splat8(LOWEST)
-        left = splat8(LOWEST)
-        right = splat8(LOWEST)
-        last = splat8(LOWEST)
+        left = top
+        right = top
+        last = top
         chosen = s
         for k in range(n_samples):
             gain = s * load8(values, k * n_blocks + at)
             better = gain > top
-            right = select(better, LOWEST, select(right == LOWEST, gain, right))
+            right = select(better, splat8(LOWEST), select(right == LOWEST, gain, right))
             left = select(better, last, left)
             top = select(better, gain, top)
             chosen = select(better, s, chosen)
             last = gain
             s = s + gap
-        bend = (top - left) + (top - right)
-        inside = (left > LOWEST) & (right > LOWEST) & (bend > np.float32(0.0))
-        shift = (right - left) / select(inside, bend, np.float32(1.0)) * np.float32(0.5)
+        fall = (top - left) + (top - right)
+        inside = (left > LOWEST) & (right > LOWEST) & (fall > np.float32(0.0))
+        shift = (right - left) / select(inside, fall, splat8(np.float32(1.0))) * np.float32(0.5)
         store(best, at, select(inside, fma(gap, shift, chosen), chosen))
+        # At the end of the samples: the parabola of fixed entries, which save nothing at s = 0.
+        fixed = maximum(top, np.float32(0.0)) / (chosen * chosen)
+        store(bend, at, select(inside, fall * np.float32(0.5) / (gap * gap), fixed))
 
 
 @helper
-def find_bends(values: np.ndarray, n_blocks: int, n_samples: int, bends: np.ndarray) -> None:
-    """How far v sags below the chord from sample k to k + 1: bends[k] * t (1 - t)."""
+def fit_unit(best: np.ndarray, bend: np.ndarray, tries: np.ndarray, top: Any) -> Any:
+    """The unit with which the parabolas of all blocks lose least, out of `tries` times the peak."""
+    peak = np.float32(0.0)
+    for block in range(best.size):
+        peak = max(peak, best[block])
+    least = -LOWEST
+    chosen = np.float32(0.0)
+    for i in range(tries.size):
+        unit = tries[i] * peak
+        lost = splat8(np.float32(0.0))
+        for at in range(0, best.size, LANES):
+            s = load8(best, at)
+            l = rint((s * (np.float32(1.0) / unit) - np.float32(1.0)) * np.float32(0.5))
+            l = minimum(maximum(l, np.float32(0.0)), top)
+            gap = (l + l + np.float32(1.0)) * unit - s
+            lost = fma(gap * gap, load8(bend, at), lost)
+        loss = total(lost)
+        if loss < least:
+            least = loss
+            chosen = unit
+    return chosen
+
+
+@helper
+def find_sags(values: np.ndarray, n_blocks: int, n_samples: int, sags: np.ndarray) -> None:
+    """How far v lies below its chord from sample k to k + 1, at t of the way: sag * t (1 - t)."""
     for at in range(0, n_blocks, LANES):
         last = splat8(np.float32(0.0))
         for k in range(n_samples - 1):
@@ -173,69 +230,50 @@ def find_bends(values: np.ndarray, n_blocks: int, n_samples: int, bends: np.ndar
                 here = (left - middle) - (middle - load8(values, i + 2 * n_blocks))
             if k == 0:
                 last = here
-            store(bends, i, (last + here) * np.float32(0.25))
+            store(sags, i, (last + here) * np.float32(0.25))
             last = here
 
 
 @helper
-def block_gains(
-    values: np.ndarray, bends: np.ndarray, n_blocks: int, at: int, n_samples: int,
-    first: np.ndarray, step: np.ndarray, best: np.ndarray, unit: Any, top: Any,
-) -> Any:
-    """What blocks at..at+7 save at their best l <= top, and that l (as f32)."""
-    begin = load8(first, at)
-    gap = np.float32(1.0) / load8(step, at)
-    lanes = load8(IOTA, at)
-    middle = rint((load8(best, at) / unit - np.float32(1.0)) * np.float32(0.5))
-    gain = splat8(LOWEST)
-    chosen = middle
-    for d in range(-1, 2):
-        l = minimum(maximum(middle + np.float32(d), np.float32(0.0)), top)
-        s = unit * (l + l + np.float32(1.0))
-        t = (s - begin) * gap
-        k = maximum(minimum(as_i32(t), np.int32(n_samples - 2)), np.int32(0))
-        index = k * np.int32(n_blocks) + lanes
-        low = take(values, index)
-        high = take(values, index + np.int32(n_blocks))
-        t = t - as_f32(k)
-        bend = take(bends, index) * minimum(maximum(t, np.float32(0.0)), np.float32(1.0))
-        here = s * fma(bend, t - np.float32(1.0), fma(high - low, t, low))
-        better = here > gain
-        gain = select(better, here, gain)
-        chosen = select(better, l, chosen)
-    return gain, chosen
-
-
-@helper
-def fit_unit(
-    values: np.ndarray, bends: np.ndarray, n_blocks: int, n_samples: int,
-    first: np.ndarray, step: np.ndarray, best: np.ndarray, tries: np.ndarray, top: Any,
-) -> Any:
-    """The unit with which all blocks together save most, out of `tries` times the largest scale."""
-    peak = np.float32(0.0)
-    for block in range(n_blocks):
-        peak = max(peak, best[block])
-    most = LOWEST
-    chosen = np.float32(0.0)
-    for i in range(tries.size):
-        unit = tries[i] * peak
-        saved = np.float32(0.0)
-        for at in range(0, n_blocks, LANES):
-            saved += total(
-                block_gains(values, bends, n_blocks, at, n_samples, first, step, best, unit, top)[0]
-            )
-        if saved > most:
-            most = saved
-            chosen = unit
-    return chosen
-
-
-@helper
-def choose_levels(
-    values: np.ndarray, bends: np.ndarray, n_blocks: int, n_samples: int,
-    first: np.ndarray, step: np.ndarray, best: np.ndarray, unit: Any, top: Any, l: np.ndarray,
+def choose_multipliers(
+    values: np.ndarray,
+    sags: np.ndarray,
+    n_samples: int,
+    first: np.ndarray,
+    step: np.ndarray,
+    best: np.ndarray,
+    unit: Any,
+    top: Any,
+    l: np.ndarray,
 ) -> None:
-    """The l of every block for a given unit."""
+    """For a given unit the l <= `top` of every block that saves most, read off the samples."""
+    n_blocks = first.size
     for at in range(0, n_blocks, LANES):
-        gains = block_gains(values, bends, n_blocks, at, n_samples, first, step, best, unit, top)
-        store(l, at, as_i32(gains[1]))
+        begin = load8(first, at)
+        per_step = np.float32(1.0) / load8(step, at)
+        middle = rint((load8(best, at) / unit - np.float32(1.0)) * np.float32(0.5))
+        most = splat8(LOWEST)
+        chosen = middle
+        for d in range(-1, 2):
+            candidate = minimum(maximum(middle + np.float32(d), np.float32(0.0)), top)
+            s = unit * (candidate + candidate + np.float32(1.0))
+            t = (s - begin) * per_step
+            k = as_i32(maximum(minimum(t, np.float32(n_samples - 2)), np.float32(0.0)))
+            t = t - as_f32(k)
+            index = k * np.int32(n_blocks) + load8(LANE, at)
+            low = take(values, index)
+            high = take(values, index + np.int32(n_blocks))
+            sag = take(sags, index) * minimum(maximum(t, np.float32(0.0)), np.float32(1.0))
+            gain = s * fma(sag, t - np.float32(1.0), fma(high - low, t, low))
+            better = gain > most
+            most = select(better, gain, most)
+            chosen = select(better, candidate, chosen)
+        store(l, at, as_i32(chosen))
+
+
+@helper
+def storable(unit: Any, power: Any, factor: Any) -> Any:
+    """The unit as f16 can hold it, and its bits: the stored scale is unit * power * factor."""
+    d = min(max(unit, np.float32(0.0)) * factor * power, _F16_MAX)
+    bits = f16_bits(d)
+    return f16_value(bits) / factor / power, bits

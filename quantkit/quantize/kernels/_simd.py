@@ -2,7 +2,7 @@
 
 LLVM cannot vectorise a floating-point reduction without reordering it, and a search for scales is
 made of such reductions. So the kernels say themselves what runs side by side: a vector holds one
-value for each of 8 or 16 independent blocks, and sums run along the elements. Each lane computes
+value for each of 8 independent blocks, and sums run along the elements. Each lane computes
 what a scalar loop would, on every CPU, whatever the width of its registers.
 
 Vectors exist only inside compiled code. Arithmetic, comparison, `&`, `|`, `<<`, `>>` work on them,
@@ -71,17 +71,16 @@ def _call(builder: Any, name: str, *values: Any) -> Any:
     kind = values[0].type
     suffix = f"v{kind.count}{'f32' if kind.element == _FLOAT else 'i32'}"
     signature = ir.FunctionType(kind, [kind] * len(values))
-    function = cgutils.get_or_insert_function(
-        builder.module, signature, f"llvm.{name}.{suffix}"
-    )
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.{suffix}")
     return builder.call(function, values)
 
 
-def _vector_of(a: Any, b: Any) -> Vec | None:
-    """The vector type that an operation on `a` and `b` runs in; None if neither is a vector."""
-    if isinstance(a, Vec):
-        return a if not isinstance(b, Vec) or a == b else None
-    return b if isinstance(b, Vec) else None
+def _vector_of(*operands: Any) -> Vec:
+    """The vector type that an operation runs in; scalars adapt to it."""
+    found = {operand for operand in operands if isinstance(operand, Vec)}
+    if len(found) != 1:
+        raise NumbaTypeError(f"no common vector type: {operands}")
+    return found.pop()
 
 
 def _operator(function: Any, emit: Callable[[Any, Any, Any, str], Any], mask: bool = False) -> None:
@@ -90,14 +89,15 @@ def _operator(function: Any, emit: Callable[[Any, Any, Any, str], Any], mask: bo
     @type_callable(function)  # type: ignore[untyped-decorator]
     def _typer_of(context: Any) -> Any:
         def typer(a: Any, b: Any) -> Any:
+            if not isinstance(a, Vec) and not isinstance(b, Vec):
+                return None
             vector = _vector_of(a, b)
-            return vector.of("mask") if vector is not None and mask else vector
+            return vector.of("mask") if mask else vector
 
         return typer
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector = _vector_of(*sig.args)
-        assert vector is not None  # noqa: S101 - the typer has seen to it
         a, b = (
             _as(context, builder, value, given, vector)
             for value, given in zip(args, sig.args, strict=True)
@@ -116,9 +116,7 @@ def _arithmetic(for_float: str, for_int: str) -> Callable[[Any, Any, Any, str], 
 
 def _comparison(symbol: str) -> Callable[[Any, Any, Any, str], Any]:
     return lambda builder, a, b, kind: (
-        builder.fcmp_ordered(symbol, a, b)
-        if kind == "f32"
-        else builder.icmp_signed(symbol, a, b)
+        builder.fcmp_ordered(symbol, a, b) if kind == "f32" else builder.icmp_signed(symbol, a, b)
     )
 
 
@@ -147,29 +145,24 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(data, [index])
 
 
-def _loader(lanes: int) -> Any:
-    def load(typingctx: Any, array: Any, index: Any) -> Any:
-        dtype = array.dtype
-        result = Vec("f32" if dtype == types.float32 else "i32", lanes)
+@intrinsic  # type: ignore[untyped-decorator]
+def load8(typingctx: Any, array: Any, index: Any) -> Any:
+    """`array[index:index + 8]`, f32, or i32 from integers of any width up to 32 bits."""
+    dtype = array.dtype
+    result = Vec("f32" if dtype == types.float32 else "i32", 8)
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            at = context.cast(builder, args[1], sig.args[1], types.intp)
-            pointer = _pointer(context, builder, sig.args[0], args[0], at)
-            stored = ir.VectorType(pointer.type.pointee, lanes)
-            value = builder.load(builder.bitcast(pointer, stored.as_pointer()))
-            value.align = 1
-            if isinstance(dtype, types.Integer) and dtype.bitwidth < 32:
-                extend = builder.sext if dtype.signed else builder.zext
-                return extend(value, result.ir)
-            return value
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = context.cast(builder, args[1], sig.args[1], types.intp)
+        pointer = _pointer(context, builder, sig.args[0], args[0], at)
+        stored = ir.VectorType(pointer.type.pointee, result.lanes)
+        value = builder.load(builder.bitcast(pointer, stored.as_pointer()))
+        value.align = 1
+        if isinstance(dtype, types.Integer) and dtype.bitwidth < 32:
+            extend = builder.sext if dtype.signed else builder.zext
+            return extend(value, result.ir)
+        return value
 
-        return result(array, index), codegen
-
-    return intrinsic(load)
-
-
-load8 = _loader(8)
-load16 = _loader(16)
+    return result(array, index), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -187,31 +180,15 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, index, value), codegen
 
 
-def _splatter(lanes: int) -> Any:
-    def splat(typingctx: Any, value: Any) -> Any:
-        result = Vec("f32" if isinstance(value, types.Float) else "i32", lanes)
-
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            return _as(context, builder, args[0], sig.args[0], result)
-
-        return result(value), codegen
-
-    return intrinsic(splat)
-
-
-splat8 = _splatter(8)
-splat16 = _splatter(16)
-
-
 @intrinsic  # type: ignore[untyped-decorator]
-def fill(typingctx: Any, model: Any, value: Any) -> Any:
-    """`value` in every lane of a vector as wide as `model`, f32 or i32 as the value is."""
-    result = model.of("f32" if isinstance(value, types.Float) else "i32")
+def splat8(typingctx: Any, value: Any) -> Any:
+    """`value` in every lane, f32 or i32 as the value is."""
+    result = Vec("f32" if isinstance(value, types.Float) else "i32", 8)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _as(context, builder, args[1], sig.args[1], result)
+        return _as(context, builder, args[0], sig.args[0], result)
 
-    return result(model, value), codegen
+    return result(value), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -263,7 +240,7 @@ sqrt = _unary("sqrt")
 @intrinsic  # type: ignore[untyped-decorator]
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """`a * b + c` rounded once; any of them may be a scalar."""
-    vector = _vector_of(_vector_of(a, b) or a, c)
+    vector = _vector_of(a, b, c)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         values = (
@@ -342,17 +319,6 @@ def lane(typingctx: Any, a: Any, index: Any) -> Any:
         return builder.extract_element(args[0], at)
 
     return scalar(a, index), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def any_lane(typingctx: Any, mask: Any) -> Any:
-    """Whether the mask is set anywhere."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        packed = builder.bitcast(args[0], ir.IntType(mask.lanes))
-        return builder.icmp_unsigned("!=", packed, ir.IntType(mask.lanes)(0))
-
-    return types.boolean(mask), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -15,7 +15,6 @@ from quantkit.quantize.kernels._common import helper
 from quantkit.quantize.kernels._simd import (
     absolute,
     bits_of,
-    fill,
     float_of,
     fma,
     largest,
@@ -32,7 +31,6 @@ from quantkit.quantize.kernels._tile import (
     HUGE,
     LANES,
     TINY,
-    affine_step,
     error_affine,
     fit_affine,
     inverse,
@@ -52,7 +50,7 @@ def load_super(row: np.ndarray, begin: int, size: int, x: np.ndarray) -> Any:
     peak = splat8(np.float32(0.0))
     for i in range(0, SUPER, LANES):
         peak = maximum(peak, absolute(load8(x, i)))
-    exponent = minimum(maximum(bits_of(fill(peak, largest(peak))) >> 23, 67), 253)
+    exponent = minimum(maximum(bits_of(splat8(largest(peak))) >> 23, 67), 253)
     down = float_of((254 - exponent) << 23)
     for i in range(0, SUPER, LANES):
         store(x, i, load8(x, i) * down)
@@ -87,11 +85,23 @@ def face_down(x: np.ndarray, size: int) -> Any:
 
 
 @helper
-def _top(values: np.ndarray) -> Any:
-    s = absolute(load8(values, 0))
-    for i in range(LANES, values.size, LANES):
-        s = maximum(s, absolute(load8(values, i)))
-    return splat8(largest(s))
+def _weigh(w: np.ndarray, size: int, w1: np.ndarray) -> None:
+    """The sum of weights of every sub-block."""
+    for at in range(0, w1.size, LANES):
+        s = splat8(np.float32(0.0))
+        for i in range(at * size, (at + LANES) * size, LANES):
+            s = s + load8(w, i)
+        store(w1, at, s)
+
+
+@helper
+def _extreme(ideal: np.ndarray, w1: np.ndarray) -> Any:
+    """The value of largest magnitude among sub-blocks that count; there is one at least."""
+    top = np.float32(0.0)
+    for b in range(ideal.size):
+        if w1[b] > 0.0 and abs(ideal[b]) > abs(top):
+            top = ideal[b]
+    return splat8(top)
 
 
 @helper
@@ -132,19 +142,19 @@ def search_affine(
     subs = SUPER // size
     ideal = np.empty((2, subs), np.float32)
     w1 = np.empty(subs, np.float32)
+    _weigh(w, size, w1)
     for at in range(0, subs, LANES):
         a, b = at * size, (at + LANES) * size
-        scale, base, weight = fit_affine(x[a:b], w[a:b], size, top, tries, True)
+        scale, base, _ = fit_affine(x[a:b], w[a:b], size, top, tries, True)
         store(ideal[0], at, maximum(scale, np.float32(0.0)))
         store(ideal[1], at, maximum(-1.0 * base, np.float32(0.0)))
-        store(w1, at, weight)
     now = np.empty((2, subs), np.float32)
     best = np.float32(HUGE)
     best_d = splat8(np.float32(0.0))
     best_dmin = best_d
     for j in range(starts.shape[0]):
-        d = _first_f16(_top(ideal[0]) * starts[j, 0], limit, up)
-        dmin = _first_f16(_top(ideal[1]) * starts[j, 1], limit, up)
+        d = _first_f16(_extreme(ideal[0], w1) * starts[j, 0], limit, up)
+        dmin = _first_f16(_extreme(ideal[1], w1) * starts[j, 1], limit, up)
         for at in range(0, subs, LANES):
             store(now[0], at, _clamped(load8(ideal[0], at) * inverse(d), limit))
             store(now[1], at, _clamped(load8(ideal[1], at) * inverse(dmin), limit))
@@ -212,15 +222,14 @@ def _round_affine(
     p, q = splat8(total(ar)), splat8(total(br))
     det = a2 * b2 - c * c
     flat = det <= np.float32(1e-6) * a2 * b2
-    det = select(flat, fill(det, np.float32(1.0)), det)
-    step_m = select(flat, fill(det, np.float32(0.0)), (q * a2 - p * c) / det)
+    det = select(flat, splat8(np.float32(1.0)), det)
+    step_m = select(flat, splat8(np.float32(0.0)), (q * a2 - p * c) / det)
     step_d = (p - step_m * c) / a2
     return total(rr), step_d, -1.0 * step_m
 
 
-def scaled_searcher(fitters: Any) -> Any:
+def scaled_searcher(residual: Any, scan: Any, error_of: Any) -> Any:
     """A function that finds d and integer sub-scales s of x ~ d s level."""
-    residual, error_of, scan, _polish, _pick = fitters
 
     @helper
     def improve(
@@ -278,21 +287,17 @@ def scaled_searcher(fitters: Any) -> Any:
         subs = SUPER // size
         ideal = np.empty(subs, np.float32)
         now = np.empty(subs, np.float32)
+        w1 = np.empty(subs, np.float32)
         for at in range(0, subs, LANES):
             a, b = at * size, (at + LANES) * size
-            peak = splat8(np.float32(0.0))
-            for i in range(a, b, LANES):
-                peak = maximum(peak, absolute(load8(x, i)))
-            store(ideal, at, scan(x[a:b], w[a:b], size, levels, peak, ks))
-        extreme = ideal[0]
-        for value in ideal:
-            if abs(value) > abs(extreme):
-                extreme = value
+            store(ideal, at, scan(x[a:b], w[a:b], size, levels, ks))
+        _weigh(w, size, w1)
+        extreme = _extreme(ideal, w1)
         best = np.float32(HUGE)
         best_d = splat8(np.float32(0.0))
         for start in starts:
             end = most_s if start > 0.0 else least_s
-            d = _first_f16(splat8(extreme * abs(start)), end, up)
+            d = _first_f16(extreme * abs(start), end, up)
             for at in range(0, subs, LANES):
                 s = rint(load8(ideal, at) * inverse(d))
                 store(now, at, maximum(minimum(s, most_s), least_s))

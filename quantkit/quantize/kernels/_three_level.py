@@ -26,6 +26,7 @@ from quantkit.quantize.kernels._simd import (
     absolute,
     bits_of,
     float_of,
+    fma,
     load8,
     lookup8,
     maximum,
@@ -42,13 +43,19 @@ NEVER = np.int32(0x7F000000)  # a regret beyond all others
 
 
 @cache
+def levels_of(type_name: str) -> npt.NDArray[np.float32]:
+    """The three levels of a codebook, rising."""
+    return np.unique(grid(type_name))
+
+
+@cache
 def entry_table(type_name: str) -> npt.NDArray[np.int16]:
     """For each of the 3^8 combinations of levels (first place = lowest digit): its entry.
 
     Where a combination is not in the codebook, the entry nearest to it.
     """
     points = grid(type_name)
-    free = np.unique(points)[np.arange(3**PLACES)[:, np.newaxis] // POWERS % 3]
+    free = levels_of(type_name)[np.arange(3**PLACES)[:, np.newaxis] // POWERS % 3]
     table = ((points**2).sum(1) - 2 * free @ points.T).argmin(1).astype(np.int16)
     table.setflags(write=False)
     return table
@@ -61,7 +68,7 @@ def steps_table(type_name: str) -> npt.NDArray[np.int32]:
     Bit `IS_ENTRY`: it is one itself.
     """
     points = grid(type_name)
-    digits = np.searchsorted(np.unique(points), points)
+    digits = np.searchsorted(levels_of(type_name), points)
     is_entry = np.zeros(3**PLACES, np.int32)
     is_entry[digits @ POWERS] = 1
     code = np.arange(3**PLACES)
@@ -118,17 +125,15 @@ def _round_freely(
         i = at + LANES * j
         b = load8(u, i)
         sw = s * load8(w, i)
-        d1 = b * c1 + sw * k1  # level 1 saves so much more than level 0
-        d2 = b * c2 + sw * k2
+        d1 = fma(sw, k1, b * c1)  # level 1 saves so much more than level 0
+        d2 = fma(sw, k2, b * c2)
         us = us + b
         sws = sws + sw
         saved = saved + (maximum(d2, np.float32(0.0)) - minimum(d1, np.float32(0.0)))
         code = code + select(d1 > np.float32(0.0), splat8(power), splat8(np.int32(0)))
         code = code + select(d2 > np.float32(0.0), splat8(power), splat8(np.int32(0)))
         d = select(absolute(d2) < absolute(d1), d2, d1)
-        step = select(
-            d <= np.float32(0.0), splat8(np.int32(2 * j + 1)), splat8(np.int32(2 * j))
-        )
+        step = select(d <= np.float32(0.0), splat8(np.int32(2 * j + 1)), splat8(np.int32(2 * j)))
         d = absolute(d)
         regrets = regrets + d
         store(keys, LANES * j, (bits_of(d) & np.int32(-16)) | step)
@@ -142,12 +147,12 @@ def _round_freely(
 def find(
     w: np.ndarray, u: np.ndarray, at: int, s: Any, levels: Any, tables: Any, depth: int, room: Any
 ) -> Any:
-    """Entries for the eight groups from `at`, at scales `s`: (what they save, entries).
+    """Entries for the eight groups from `at`, at scales `s`: (what they save, their codes).
 
     With u = 2 w x, an entry g saves b - s a as in `_scales`. `levels` are the three values
     that the codebook's digits stand for, rising.
     """
-    entries, steps, powers = tables
+    steps, powers = tables
     keys, shifts, cost, code, closed = room
     free, saved, worst = _round_freely(w, u, at, s, levels, keys, shifts)
     store(cost, 0, splat8(np.float32(0.0)))
@@ -186,4 +191,4 @@ def find(
     # Hardly ever is none of them an entry.
     none = least >= float_of(splat8(NEVER))
     chosen = select(none, free, chosen)
-    return select(none, worst, saved - least), take(entries, chosen)
+    return select(none, worst, saved - least), chosen

@@ -17,7 +17,6 @@ from quantkit.quantize.kernels._simd import (
     as_i32,
     bits_of,
     f16_near,
-    fill,
     float_of,
     fma,
     load8,
@@ -51,9 +50,7 @@ def transpose(
             tile[at + LANES * i + b] = row[begin + b * size + i] if b < blocks else 0.0
 
 
-def weight_tiles(
-    importance: np.ndarray | None, cols: int, size: int, span: int
-) -> np.ndarray:
+def weight_tiles(importance: np.ndarray | None, cols: int, size: int, span: int) -> np.ndarray:
     """The importance of a row's columns in tiles of blocks of `size`, zeros beside the last block.
 
     Every `span` weights that share a scale are brought to a maximum of 1; those without any
@@ -62,7 +59,7 @@ def weight_tiles(
     w = np.ones(cols, np.float32) if importance is None else importance
     spans = w.reshape(-1, span)
     peaks = spans.max(axis=1, keepdims=True)
-    spans = np.where(peaks > 0, spans / np.where(peaks > 0, peaks, 1), np.float32(1))
+    spans = np.where(peaks > 0, spans / np.where(peaks > 0, peaks, np.float32(1)), np.float32(1))
     blocks = cols // size
     tiles = np.zeros((-(-blocks // LANES), LANES, size), np.float32)
     tiles.reshape(-1, size)[:blocks] = spans.reshape(-1, size)
@@ -80,7 +77,7 @@ NO_ROOTS = np.zeros((0, 0), np.float32)  # weights are the importance alone
 
 @helper
 def normalise(x: np.ndarray, size: int) -> Any:
-    """Scale each block of a tile to a peak in [1, 4); gives the peaks and the power of two.
+    """Scale each block of a tile to a peak in [1, 4); gives the powers of two.
 
     Blocks below 2^-60 count as zero: their scale would be far below the smallest f16.
     """
@@ -92,13 +89,24 @@ def normalise(x: np.ndarray, size: int) -> Any:
     down = float_of((254 - exponent) << 23)
     for i in range(size):
         store(x, LANES * i, load8(x, LANES * i) * down)
-    return peak * down, up
+    return up
 
 
 @helper
-def ggml_weights(
-    x: np.ndarray, importance: np.ndarray, size: int, rms: Any, w: np.ndarray
-) -> None:
+def weighty_peak(x: np.ndarray, w: np.ndarray, size: int) -> Any:
+    """The largest magnitude of each block among weights that count, or of all if none does."""
+    peak = splat8(np.float32(0.0))
+    dead = peak
+    for i in range(size):
+        v = absolute(load8(x, LANES * i))
+        counts = load8(w, LANES * i) > 0.0
+        peak = maximum(peak, select(counts, v, 0.0 * v))
+        dead = maximum(dead, v)
+    return maximum(select(peak > 0.0, peak, dead), TINY)
+
+
+@helper
+def ggml_weights(x: np.ndarray, importance: np.ndarray, size: int, rms: Any, w: np.ndarray) -> None:
     """llama.cpp's weights q sqrt(c mean(x^2) + x^2) of a normalised tile into `w`.
 
     `rms` is sqrt(c mean(x^2)) over the span that the type prescribes, in the tile's units.
@@ -120,20 +128,18 @@ def near_f16(d: Any, up: Any) -> Any:
 @helper
 def inverse(d: Any) -> Any:
     """1 / d, and 0 for 0."""
-    return select(d == 0.0, fill(d, np.float32(0.0)), np.float32(1.0) / d)
+    return select(d == 0.0, splat8(np.float32(0.0)), np.float32(1.0) / d)
 
 
 def scale_fitters(level: Any) -> Any:
-    """(residual, error, scan, polish, pick): passes that fit one scale to each block of a tile.
+    """(residual, scan, polish): least-squares fits of one scale to each block of a tile.
 
     `level(t, low, high)` gives the level nearest to `t` in every lane; a type whose levels are
     not the integers low..high ignores the bounds.
     """
 
     @helper
-    def residual(
-        x: np.ndarray, w: np.ndarray, size: int, bounds: Any, d: Any, inv: Any
-    ) -> Any:
+    def residual(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, d: Any, inv: Any) -> Any:
         # sum w r^2, sum w r q, sum w q^2 for q = level(x * inv) and r = x - d q
         low, high = bounds
         rr = splat8(np.float32(0.0))
@@ -151,22 +157,9 @@ def scale_fitters(level: Any) -> Any:
         return rr, rq, qq
 
     @helper
-    def error(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, d: Any) -> Any:
-        # sum w r^2 alone
-        low, high = bounds
-        rr = splat8(np.float32(0.0))
-        minus = -1.0 * d
-        inv = inverse(d)
-        for i in range(size):
-            v = load8(x, LANES * i)
-            r = fma(level(v * inv, low, high), minus, v)
-            rr = fma(load8(w, LANES * i) * r, r, rr)
-        return rr
-
-    @helper
-    def scan(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, peak: Any, ks: np.ndarray) -> Any:
+    def scan(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, ks: np.ndarray) -> Any:
         """The best scale d for x ~ d * level: each d = peak / k, refitted by least squares."""
-        peak = maximum(peak, TINY)
+        peak = weighty_peak(x, w, size)
         best = splat8(HUGE)
         scale = splat8(np.float32(0.0))
         for k in ks:
@@ -196,12 +189,29 @@ def scale_fitters(level: Any) -> Any:
             scale = d + rq / maximum(qq, TINY)
         return chosen
 
+    return residual, scan, polish
+
+
+def scale_pickers(level: Any) -> Any:
+    """(error, pick): judging given scales of each block of a tile; `level` as above."""
+
     @helper
-    def pick(
-        x: np.ndarray, w: np.ndarray, size: int, bounds: Any, extent: Any, ks: np.ndarray
-    ) -> Any:
+    def error(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, d: Any) -> Any:
+        # sum w r^2 alone
+        low, high = bounds
+        rr = splat8(np.float32(0.0))
+        minus = -1.0 * d
+        inv = inverse(d)
+        for i in range(size):
+            v = load8(x, LANES * i)
+            r = fma(level(v * inv, low, high), minus, v)
+            rr = fma(load8(w, LANES * i) * r, r, rr)
+        return rr
+
+    @helper
+    def pick(x: np.ndarray, w: np.ndarray, size: int, bounds: Any, up: Any, ks: np.ndarray) -> Any:
         """The best of the f16 nearest to peak / k: no refit, for codes finer than f16 rounds."""
-        peak, up = extent
+        peak = weighty_peak(x, w, size)
         best = splat8(HUGE)
         chosen = splat8(np.float32(0.0))
         for k in ks:
@@ -212,7 +222,7 @@ def scale_fitters(level: Any) -> Any:
             chosen = select(better, d, chosen)
         return chosen
 
-    return residual, error, scan, polish, pick
+    return error, pick
 
 
 @helper
@@ -254,7 +264,7 @@ def affine_step(sums: Any, w1: Any, m: Any, bounded: bool) -> Any:
     qq = maximum(qq, TINY)
     det = qq * w1 - q1 * q1
     flat = det <= np.float32(1e-6) * qq * w1
-    det = select(flat, fill(det, np.float32(1.0)), det)
+    det = select(flat, splat8(np.float32(1.0)), det)
     b = select(flat, (r1 - rq * q1 / qq) * np.float32(0.0), (r1 * qq - rq * q1) / det)
     if bounded:
         b = minimum(b, -1.0 * m)
@@ -269,18 +279,23 @@ def fit_affine(
 ) -> Any:
     """The best (d, m) for x ~ d q + m with q in 0..top, before any rounding.
 
-    Each row (k, a) of `tries` lays k steps over the block's range, of which a share a is cut off
-    below where k exceeds `top`, and is followed by a least-squares step. Of tries that differ by
-    no more than rounding, as on weights that lie on a lattice, the first wins.
+    Each row (k, a) of `tries` lays k steps over the range of the weights that count, of which a
+    share a is cut off below where k exceeds `top`, and is followed by a least-squares step. Of
+    tries that differ by no more than rounding, as on weights that lie on a lattice, the first wins.
     """
     low = splat8(HUGE)
     high = -1.0 * low
+    dead_low, dead_high = low, high
     w1 = splat8(np.float32(0.0))
     for i in range(size):
         v = load8(x, LANES * i)
-        low = minimum(low, v)
-        high = maximum(high, v)
-        w1 = w1 + load8(w, LANES * i)
+        u = load8(w, LANES * i)
+        low = minimum(low, select(u > 0.0, v, low))
+        high = maximum(high, select(u > 0.0, v, high))
+        dead_low = minimum(dead_low, v)
+        dead_high = maximum(dead_high, v)
+        w1 = w1 + u
+    low, high = select(w1 > 0.0, low, dead_low), select(w1 > 0.0, high, dead_high)
     if bounded:
         low = minimum(low, np.float32(0.0))
     span = maximum(high - low, TINY)
@@ -327,9 +342,7 @@ def polish_affine(
 
 
 @helper
-def error_affine(
-    x: np.ndarray, w: np.ndarray, size: int, top: Any, d: Any, m: Any
-) -> Any:
+def error_affine(x: np.ndarray, w: np.ndarray, size: int, top: Any, d: Any, m: Any) -> Any:
     """sum w r^2 of coding a tile as d q + m with the nearest q in 0..top."""
     rr = splat8(np.float32(0.0))
     minus = -1.0 * d

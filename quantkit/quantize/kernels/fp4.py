@@ -36,9 +36,10 @@ from quantkit.quantize.kernels._tile import (
     LANES,
     normalise,
     reciprocal,
-    scale_fitters,
+    scale_pickers,
     transpose,
     weight_tiles,
+    weighty_peak,
 )
 from quantkit.types import GgmlType
 
@@ -64,7 +65,7 @@ def _code(t: Any) -> Any:
     return select(t < 0.0, code | select(q > 0, 8, q), code)
 
 
-_residual, _error, _scan, _polish, _pick = scale_fitters(_level)
+_error, _pick = scale_pickers(_level)
 
 
 @helper
@@ -87,8 +88,9 @@ def _encode_mx(x: np.ndarray, weights: np.ndarray, offsets: np.ndarray, out: np.
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * size, count, size, tile, 0)
-            peak, up = normalise(tile, size)
+            up = normalise(tile, size)
             w = weights[first * size : (first + LANES) * size]
+            peak = weighty_peak(tile, w, size)
             down = (bits_of(up) >> 23) - 127
             middle = (bits_of(peak) >> 23) - (127 + 3)
             best = splat8(HUGE)
@@ -133,8 +135,9 @@ def _encode_nv(x: np.ndarray, weights: np.ndarray, offsets: np.ndarray, out: np.
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * size, count, size, tile, 0)
-            peak, up = normalise(tile, size)
+            up = normalise(tile, size)
             w = weights[first * size : (first + LANES) * size]
+            peak = weighty_peak(tile, w, size)
             middle = _ue4m3_below(peak * up * np.float32(1 / 6))
             best = splat8(HUGE)
             chosen = middle
@@ -178,7 +181,10 @@ def _encode_nv_blocks(x: Tile, importance: Importance | None, how: How) -> Block
 
 _LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 _UE4M3 = np.array(
-    [(c & 7) * 2.0**-9 if c & 0x78 == 0 else (8 + (c & 7)) * 2.0 ** ((c >> 3 & 15) - 10) for c in range(256)],
+    [
+        (c & 7) * 2.0**-9 if c & 0x78 == 0 else (8 + (c & 7)) * 2.0 ** ((c >> 3 & 15) - 10)
+        for c in range(256)
+    ],
     np.float32,
 )
 _UE4M3[0x7F] = 0  # the NaN of the format

@@ -35,6 +35,7 @@ from quantkit.quantize.kernels._tile import (
     reciprocal,
     root_mean_squares,
     scale_fitters,
+    scale_pickers,
     transpose,
     weight_tiles,
 )
@@ -45,18 +46,17 @@ LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
 # The nearest level by table: cut into 8 slices, 23 wide and open at the ends, no slice holds more
-# than two of the midpoints between levels. So a slice knows its first code and two midpoints.
+# than two of the midpoints between levels, and each has one. So a slice knows its first code and
+# two midpoints.
 _WIDTH, _BELOW = np.float32(1 / 23), np.float32(98.5 / 23)
 _MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _EDGES = 23 * np.arange(1, 8) - 98.5
-_FIRST = np.searchsorted(_MIDDLES, np.r_[-np.inf, _EDGES])
-_COUNT = np.searchsorted(_MIDDLES, np.r_[_EDGES, np.inf]) - _FIRST
-_CODE = _FIRST.astype(np.int32)
-_MIDDLE1 = np.where(_COUNT > 0, np.r_[_MIDDLES, 0][_FIRST], np.inf).astype(np.float32)
-_MIDDLE2 = np.where(_COUNT > 1, np.r_[_MIDDLES, 0, 0][_FIRST + 1], np.inf).astype(np.float32)
-_LEVEL0 = LEVELS[_FIRST]
-_LEVEL1 = LEVELS[np.minimum(_FIRST + 1, 15)]
-_LEVEL2 = LEVELS[np.minimum(_FIRST + 2, 15)]
+_SLICES = np.split(_MIDDLES, np.searchsorted(_MIDDLES, _EDGES))
+_CODE = np.searchsorted(_MIDDLES, [inside[0] for inside in _SLICES]).astype(np.int32)
+_MIDDLE1 = np.array([inside[0] for inside in _SLICES], np.float32)
+_MIDDLE2 = np.array([[*inside, np.inf][1] for inside in _SLICES], np.float32)
+_LEVEL0, _LEVEL1 = LEVELS[_CODE], LEVELS[_CODE + 1]
+_LEVEL2 = np.append(LEVELS, np.float32(0))[_CODE + 2]
 
 
 @helper
@@ -78,12 +78,14 @@ def _code(t: Any) -> Any:
     part = _slice(t)
     above1 = t > lookup8(load8(_MIDDLE1, 0), part)
     above2 = t > lookup8(load8(_MIDDLE2, 0), part)
-    return lookup8(load8(_CODE, 0), part) + select(above1, 1, part * 0) + select(above2, 1, part * 0)
+    return (
+        lookup8(load8(_CODE, 0), part) + select(above1, 1, part * 0) + select(above2, 1, part * 0)
+    )
 
 
-_FITTERS = scale_fitters(_level)
-_residual, _error, _scan, _polish, _pick = _FITTERS
-_search = scaled_searcher(_FITTERS)
+_residual, _scan, _polish = scale_fitters(_level)
+_error, _pick = scale_pickers(_level)
+_search = scaled_searcher(_residual, _scan, _error)
 
 
 @helper
@@ -113,14 +115,14 @@ def _encode_nl(
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
-            peak, up = normalise(tile, SIZE)
+            up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
             if roots.size:
                 for b in range(count):
                     rms[b] = roots[r, first + b]
                 ggml_weights(tile, w, SIZE, load8(rms, 0) / up, scratch)
                 w = scratch
-            scale = _scan(tile, w, SIZE, none, peak, ks)
+            scale = _scan(tile, w, SIZE, none, ks)
             d = up * _polish(tile, w, SIZE, none, scale, up, refits)
             for b in range(count):
                 at = (first + b) * 18
@@ -148,7 +150,7 @@ def _encode_xs(
                 w = scratch
             d = lane(up * _search(tile, w, SIZE, up, form, plan, found), 0)
             put_f16(out[r], at, d)
-            high = 0
+            high = np.int32(0)
             for k in range(8):
                 high |= (np.int32(found[k]) + 32) >> 4 << (2 * k)
                 _put_codes(out[r], at + 8 + 16 * k, x[r], begin + SIZE * k, d * found[k])
@@ -169,18 +171,17 @@ _SCANS: dict[Effort, tuple[np.ndarray, int]] = {
     "default": (_both_signs(90, 180, 24), 3),
     "best": (_both_signs(80, 200, 80), 3),
 }
+
+
+def _plan(n: int, starts: list[float], radius: int, rounds: int) -> Any:
+    moves = np.arange(-radius, radius + 1, dtype=np.float32)
+    return _both_signs(90, 180, n), np.array(starts, np.float32), moves, rounds
+
+
 _PLANS: dict[Effort, Any] = {
-    effort: (
-        _both_signs(90, 180, n),
-        np.array(starts, np.float32),
-        np.arange(-radius, radius + 1, dtype=np.float32),
-        rounds,
-    )
-    for effort, n, starts, radius, rounds in (
-        ("fast", 8, [-1], 1, 1),
-        ("default", 16, [-1, 1], 1, 2),
-        ("best", 32, [-1, 1, -1.05, 1.05], 3, 3),
-    )
+    "fast": _plan(8, [-1], 1, 1),
+    "default": _plan(16, [-1, 1], 1, 2),
+    "best": _plan(32, [-1, 1, -1.05, 1.05], 3, 3),
 }
 
 

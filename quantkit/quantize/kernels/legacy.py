@@ -44,6 +44,7 @@ from quantkit.quantize.kernels._tile import (
     reciprocal,
     root_mean_squares,
     scale_fitters,
+    scale_pickers,
     transpose,
     weight_tiles,
 )
@@ -57,7 +58,8 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_residual, _error, _best_scale, _polish, _pick = scale_fitters(_nearest)
+_residual, _best_scale, _polish = scale_fitters(_nearest)
+_error, _pick = scale_pickers(_nearest)
 
 
 @helper
@@ -104,16 +106,16 @@ def _encode_scaled(
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
-            peak, up = normalise(tile, SIZE)
+            up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
             if roots.size:
                 ggml_weights(tile, w, SIZE, roots[r, 0] / up, scratch)
                 w = scratch
             levels = (splat8(low), splat8(high))
             if high > 100.0:
-                d = up * _pick(tile, w, SIZE, levels, (peak, up), ks)
+                d = up * _pick(tile, w, SIZE, levels, up, ks)
             else:
-                scale = _best_scale(tile, w, SIZE, levels, peak, ks)
+                scale = _best_scale(tile, w, SIZE, levels, ks)
                 d = up * _polish(tile, w, SIZE, levels, scale, up, refits)
             for b in range(count):
                 at = (first + b) * block_bytes
@@ -145,7 +147,7 @@ def _encode_affine(
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * SIZE, count, SIZE, tile, 0)
-            _, up = normalise(tile, SIZE)
+            up = normalise(tile, SIZE)
             w = weights[first * SIZE : (first + LANES) * SIZE]
             if roots.size:
                 ggml_weights(tile, w, SIZE, roots[r, 0] / up, scratch)
@@ -291,9 +293,7 @@ def _roots(x: Tile, how: How) -> np.ndarray:
     return root_mean_squares(x, x.shape[1], 1.0) if how.weighting == "ggml" else NO_ROOTS
 
 
-def _scaled(
-    type_: GgmlType, low: int, high: int, searches: dict[Effort, Search]
-) -> Codec:
+def _scaled(type_: GgmlType, low: int, high: int, searches: dict[Effort, Search]) -> Codec:
     bounds = (np.float32(low), np.float32(high))
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:

@@ -6,6 +6,7 @@ Byte layouts are told beside the functions that write them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import numpy as np
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile
 from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
-    fill,
     lane,
     load8,
     maximum,
@@ -22,7 +22,13 @@ from quantkit.quantize.kernels._simd import (
     splat8,
     store,
 )
-from quantkit.quantize.kernels._super import SUPER, face_down, load_super, scaled_searcher, search_affine
+from quantkit.quantize.kernels._super import (
+    SUPER,
+    face_down,
+    load_super,
+    scaled_searcher,
+    search_affine,
+)
 from quantkit.quantize.kernels._tile import (
     NO_ROOTS,
     codes,
@@ -31,19 +37,22 @@ from quantkit.quantize.kernels._tile import (
     reciprocal,
     root_mean_squares,
     scale_fitters,
+    scale_pickers,
     weight_tiles,
 )
 from quantkit.types import GgmlType
 
 
 @helper
-def _put_q2(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any, dmin: Any, sm: Any) -> None:
+def _put_q2(
+    out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any, dmin: Any, sm: Any
+) -> None:
     """`scales[16] qs[64] d dmin`: nibbles (s, m); 2 bits of elements l, l + 32, ... per byte."""
     top, zero = np.float32(3.0), np.float32(0.0)
     for b in range(16):
         out[at + b] = np.int32(sm[0, b]) | np.int32(sm[1, b]) << 4
     for part in range(0, 64, 8):
-        packed = fill(splat8(zero), 0)
+        packed = splat8(0)
         for k in range(4):
             e = 128 * (part // 32) + 32 * k + part % 32
             scale, base = d * sm[0, e // 16], -(dmin * sm[1, e // 16])
@@ -71,7 +80,7 @@ def _put_q45(
     fifth = top > 15.0
     nibbles = at + 48 if fifth else at + 16
     for part in range(0, 32, 8):
-        high = fill(splat8(zero), 0)
+        high = splat8(0)
         for g in range(4):
             scale, base = d * sm[0, 2 * g], -(dmin * sm[1, 2 * g])
             e = begin + 64 * g + part
@@ -90,7 +99,7 @@ def _put_q3(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any, s: np
     of hmask[e % 32], 6-bit s + 32."""
     low, top = np.float32(4.0), np.float32(7.0)
     for part in range(0, 64, 8):
-        packed = fill(splat8(d), 0)
+        packed = splat8(0)
         high = packed
         for k in range(4):
             e = 128 * (part // 32) + 32 * k + part % 32
@@ -117,12 +126,12 @@ def _put_q6(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any, s: np
     l < 64, and in qh[l] the two high bits of l, l + 32, l + 64, l + 96 for l < 32."""
     low, top = np.float32(32.0), np.float32(63.0)
     for part in range(0, 64, 8):
-        half, l = part // 32, part % 32
-        e = begin + 128 * half + l
-        high = fill(splat8(d), 0)
+        half, first = part // 32, part % 32
+        e = begin + 128 * half + first
+        high = splat8(0)
         q0, q1 = high, high
         for k in range(4):
-            inv = reciprocal(d * s[8 * half + 2 * k + l // 16])
+            inv = reciprocal(d * s[8 * half + 2 * k + first // 16])
             q = codes(load8(row, e + 32 * k), np.float32(0.0), inv, low, top)
             high = high | ((q >> 4) << (2 * k))
             nibble = (q & 15) << (4 * (k // 2))
@@ -130,8 +139,8 @@ def _put_q6(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any, s: np
                 q1 = q1 | nibble
             else:
                 q0 = q0 | nibble
-        store(out, at + 64 * half + l, q0)
-        store(out, at + 64 * half + 32 + l, q1)
+        store(out, at + 64 * half + first, q0)
+        store(out, at + 64 * half + 32 + first, q1)
         store(out, at + 128 + part, high)
     for b in range(16):
         out[at + 192 + b] = np.int32(s[b])
@@ -143,7 +152,9 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_search_scaled = scaled_searcher(scale_fitters(_nearest))
+_residual, _scan_scales, _polish = scale_fitters(_nearest)
+_error, _pick = scale_pickers(_nearest)
+_search_scaled = scaled_searcher(_residual, _scan_scales, _error)
 
 
 @kernel
@@ -215,19 +226,25 @@ def _pairs(*axes: Any) -> np.ndarray:
     return np.stack([g.ravel() for g in grid], axis=1).astype(np.float32)
 
 
-def _affine_plan(top: int, effort: Effort) -> Plan:
+@cache
+def _affine_plan(top: int, effort: Effort, weighted: bool) -> Plan:
     """(tries, starts, moves, rounds) of `search_affine`.
 
-    Whole numbers of steps come first: they meet weights that lie on a lattice already.
+    Whole numbers of steps come first: they, or their doubles, meet weights that lie on a lattice
+    already. Without importance the tails are less worth cutting off, and llama.cpp is faster.
     """
-    whole = _pairs(range((top + 1) // 2 if top > 3 else 1, top + 1), [0])
+    whole = _pairs({3: (1, 2, 3), 15: range(8, 16), 31: range(16, 32, 2)}[top], [0])
     if effort == "best":
         tries = _pairs(top * _scan(0.9, 1.4, 21), _scan(0, 1, 5))
         starts = np.array([(1, 1), (0.95, 1), (1, 0.95), (1.05, 1.05)], np.float32)
         return np.concatenate([whole, tries]), starts, _pairs(range(-2, 3), range(-2, 3)), 3
-    steps = _scan(0.95, 1.3, 6) if effort == "fast" else _scan(0.92, 1.35, 9)
+    if effort == "fast":
+        steps, rounds = _scan(0.95, 1.3, 6), 1
+    elif weighted:
+        steps, rounds = _scan(0.92, 1.35, 9), 2 if top > 15 else 3
+    else:
+        steps, rounds = _scan(0.92, 1.25, 7), 2
     tries = np.concatenate([whole, _pairs(top * steps, (0, 0.5, 1))])
-    rounds = 1 if effort == "fast" else 2 if top > 15 else 3
     return tries, _pairs([1], [1]), _pairs((-1, 0, 1), (-1, 0, 1)), rounds
 
 
@@ -238,6 +255,7 @@ _STEPS3: dict[Effort, np.ndarray] = {
     "default": np.array([2, 3, 3.4, 3.65, 3.85, 4.05, 4.3, 4.6, 5, 5.5, 6.2]),
     "best": np.r_[2, _scan(3, 8, 41)],
 }
+_STEPS3_WEIGHTED = np.r_[2, 3, _scan(3.3, 5.3, 14), 5.8, 6.6]
 _STEPS6: dict[Effort, np.ndarray] = {
     "fast": _scan(28, 38, 9),
     "default": _scan(27, 40, 24),
@@ -245,15 +263,22 @@ _STEPS6: dict[Effort, np.ndarray] = {
 }
 
 
-def _scaled_plan(steps: int, effort: Effort) -> Plan:
-    """(ks, starts, moves, rounds) of `scaled_searcher`."""
+@cache
+def _scaled_plan(steps: int, effort: Effort, weighted: bool) -> Plan:
+    """(ks, starts, moves, rounds) of `scaled_searcher`.
+
+    Without importance llama.cpp's Q3_K is three times as fast, so less is tried.
+    """
     ks = (_STEPS3 if steps == 4 else _STEPS6)[effort]
     starts, radius, rounds = {
-        "fast": ([-1], 1, 1),
-        "default": ([-1, 1], 1, 2),
+        "fast": ([-1.0], 1, 1),
+        "default": ([-1.0, 1.0], 1, 2),
         "best": ([-1, 1, -1.04, 1.04], 3, 3),
     }[effort]
-    radius += steps > 4
+    if steps > 4:
+        radius += 1
+    elif weighted and effort == "default":
+        ks, starts = _STEPS3_WEIGHTED, [*starts, -1.03, 1.06]
     signed = np.concatenate([ks, -ks]).astype(np.float32)
     moves = np.arange(-radius, radius + 1, dtype=np.float32)
     return signed, np.array(starts, np.float32), moves, rounds
@@ -269,7 +294,7 @@ def _affine(type_: GgmlType, top: int, limit: int, c: float) -> Codec:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         x, out = prepared(x, type_)
         w = weight_tiles(importance, x.shape[1], 16 if limit == 15 else 32, SUPER)
-        plan = _affine_plan(top, how.effort)
+        plan = _affine_plan(top, how.effort, importance is not None)
         _encode_affine(x, w, _roots(x, how, c), form, plan, out)
         return out
 
@@ -282,7 +307,7 @@ def _scaled(type_: GgmlType, steps: int, limit: int, c: float) -> Codec:
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         x, out = prepared(x, type_)
         w = weight_tiles(importance, x.shape[1], 16, SUPER)
-        plan = _scaled_plan(steps, how.effort)
+        plan = _scaled_plan(steps, how.effort, importance is not None)
         _encode_scaled(x, w, _roots(x, how, c), form, plan, out)
         return out
 
@@ -344,9 +369,9 @@ def _decode_q6(blocks: Blocks) -> Tile:
     b = blocks.reshape(-1, 210)
     low = b[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
     high = b[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    q = low.reshape(-1, SUPER) | high.reshape(-1, SUPER) << 4
+    code = low.reshape(-1, SUPER) | high.reshape(-1, SUPER) << 4
     scale = read_f16(b, 208) * np.ascontiguousarray(b[:, 192:208]).view(np.int8)
-    q = q.reshape(-1, 16, 16).astype(np.float32) - 32
+    q = code.reshape(-1, 16, 16).astype(np.float32) - 32
     return (scale[:, :, None] * q).reshape(len(blocks), -1)
 
 

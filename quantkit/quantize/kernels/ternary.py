@@ -20,7 +20,6 @@ from quantkit.quantize.kernels._common import helper, kernel, prepared, read_f16
 from quantkit.quantize.kernels._simd import (
     absolute,
     bits_of,
-    fill,
     float_of,
     fma,
     lane,
@@ -47,6 +46,7 @@ from quantkit.quantize.kernels._tile import (
     scale_fitters,
     transpose,
     weight_tiles,
+    weighty_peak,
 )
 from quantkit.types import GgmlType
 
@@ -59,7 +59,7 @@ def _nearest(t: Any, low: Any, high: Any) -> Any:
     return maximum(minimum(rint(t), high), low)
 
 
-_residual, _error, _scan, _polish, _pick = scale_fitters(_nearest)
+_residual, _scan, _polish = scale_fitters(_nearest)
 
 
 @helper
@@ -70,14 +70,15 @@ def _load(row: np.ndarray, importance: np.ndarray, begin: int, x: np.ndarray, w:
     for i in range(0, x.size, 8):
         peak = maximum(peak, absolute(load8(row, begin + i)))
         most = maximum(most, load8(importance, begin + i))
-    exponent = minimum(maximum(bits_of(fill(peak, largest(peak))) >> 23, 67), 253)
+    exponent = minimum(maximum(bits_of(splat8(largest(peak))) >> 23, 67), 253)
     down = float_of((254 - exponent) << 23)
     heaviest = largest(most)
     for i in range(0, x.size, 8):
         store(x, i, load8(row, begin + i) * down)
         weight = load8(importance, begin + i) / heaviest
-        store(w, i, weight if heaviest > 0.0 else fill(weight, np.float32(1.0)))
-    return fill(peak, largest(peak)) * down, float_of(exponent << 23)
+        store(w, i, weight if heaviest > 0.0 else splat8(np.float32(1.0)))
+    peak = largest(weighty_peak(x, w, x.size // 8))
+    return splat8(peak), float_of(exponent << 23)
 
 
 @helper
@@ -142,7 +143,7 @@ def _put_tq1(out: np.ndarray, at: int, row: np.ndarray, begin: int, d: Any) -> N
     for m in range(0, 16, 8):
         store(out, at + 32 + m, _digits(row, begin + 160 + m, 16, inv))
     for m in range(4):
-        value = 0
+        value = np.int32(0)
         for n in range(4):
             t = np.rint(row[begin + 240 + m + 4 * n] * inv)
             value = value * 3 + np.int32(max(min(t, 1.0), -1.0)) + 1
@@ -211,9 +212,9 @@ def _encode_two_bits(
         for first in range(0, blocks, LANES):
             count = min(LANES, blocks - first)
             transpose(x[r], first * size, count, size, tile, 0)
-            peak, up = normalise(tile, size)
+            up = normalise(tile, size)
             w = weights[first * size : (first + LANES) * size]
-            scale = _scan(tile, w, size, bounds, peak, ks)
+            scale = _scan(tile, w, size, bounds, ks)
             d = up * _polish(tile, w, size, bounds, scale, up, refits)
             for b in range(count):
                 _put_q2(out[r], (first + b) * 18, x[r], (first + b) * size, lane(d, b))
@@ -297,7 +298,9 @@ def _trits(b: np.ndarray, n: int) -> np.ndarray:
 
 def _decode_tq1(blocks: Blocks) -> Tile:
     b = blocks.reshape(-1, 54)
-    t = np.concatenate([_trits(b[:, :32], 5), _trits(b[:, 32:48], 5), _trits(b[:, 48:52], 4)], axis=1)
+    t = np.concatenate(
+        [_trits(b[:, :32], 5), _trits(b[:, 32:48], 5), _trits(b[:, 48:52], 4)], axis=1
+    )
     return ((t.astype(np.float32) - 1) * read_f16(b, 52)).reshape(len(blocks), -1)
 
 

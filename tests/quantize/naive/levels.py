@@ -1,4 +1,4 @@
-"""Every level that stored blocks could decode to, by overwriting all their codes with each value."""
+"""Every level that stored blocks could decode to: all their codes set to each value in turn."""
 
 from __future__ import annotations
 
