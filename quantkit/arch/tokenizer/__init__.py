@@ -19,7 +19,13 @@ from quantkit.types import Kv, KvType
 
 _MAX_VOCAB = 1 << 22  # the largest published ones have 2^18 entries
 
-__all__ = ["SideFiles", "tokenizer_kvs"]
+_FILES = (
+    (tiktoken.FILE, tiktoken.MAX_BYTES),
+    (spm.FILE, spm.MAX_BYTES),
+    (hf_json.FILE, hf_json.MAX_BYTES),
+)
+
+__all__ = ["SideFiles", "tokenizer_file", "tokenizer_kvs"]
 
 
 def tokenizer_kvs(source: SideFiles, vocab_size: int, config: Mapping[str, Any]) -> dict[str, Kv]:
@@ -46,6 +52,17 @@ def tokenizer_kvs(source: SideFiles, vocab_size: int, config: Mapping[str, Any])
     return kvs
 
 
+def tokenizer_file(source: SideFiles) -> tuple[str, bytes]:
+    """Name and content of the file that holds the vocabulary, the first that is there."""
+    for file, max_bytes in _FILES:
+        if (data := source.read_bytes(file, max_bytes)) is not None:
+            return file, data
+    raise UnsupportedError(
+        f"no tokenizer: none of {tiktoken.FILE}, {spm.FILE} and {hf_json.FILE} is there",
+        hint="Fetch the tokenizer's files too, or convert without a vocabulary.",
+    )
+
+
 def _read_vocab(
     source: SideFiles,
     raw: Mapping[str, Any] | None,
@@ -54,19 +71,16 @@ def _read_vocab(
     vocab_size: int,
 ) -> tuple[Vocab, str]:
     """The vocabulary, and the file that it is from."""
-    if (data := source.read_bytes(tiktoken.FILE, tiktoken.MAX_BYTES)) is not None:
-        return tiktoken.tiktoken_vocab(data, settings, config, vocab_size), tiktoken.FILE
-    if (data := source.read_bytes(spm.FILE, spm.MAX_BYTES)) is not None:
+    file, data = tokenizer_file(source)
+    if file == tiktoken.FILE:
+        return tiktoken.tiktoken_vocab(data, settings, config, vocab_size), file
+    if file == spm.FILE:
         added = _table(source, "added_tokens.json")
-        return spm.spm_vocab(data, added, settings, vocab_size), spm.FILE
-    if raw is not None:
-        model = hf_json.read_bpe_model(raw, vocab_size)
-        read = llama_json_vocab if model.byte_fallback else bpe_vocab
-        return read(raw, model, settings, vocab_size), hf_json.FILE
-    raise UnsupportedError(
-        f"no tokenizer: none of {tiktoken.FILE}, {spm.FILE} and {hf_json.FILE} is there",
-        hint="Fetch the tokenizer's files too, or convert without a vocabulary.",
-    )
+        return spm.spm_vocab(data, added, settings, vocab_size), file
+    raw = hf_json.parse(data) if raw is None else raw
+    model = hf_json.read_bpe_model(raw, vocab_size)
+    read = llama_json_vocab if model.byte_fallback else bpe_vocab
+    return read(raw, model, settings, vocab_size), file
 
 
 def _table(source: SideFiles, name: str) -> Mapping[str, Any] | None:

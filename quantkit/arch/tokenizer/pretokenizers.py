@@ -47,7 +47,7 @@ _TEKKEN = rf"{_cased_words('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 _O200K = (
     rf"{_cased_words(_CONTRACTION + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 )
-_KIMI = (
+KIMI = (
     rf"[\p{{Han}}]+|{_cased_words(_CONTRACTION + '?', _NOT_HAN)}|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
 )
@@ -85,7 +85,7 @@ _NAMES: dict[tuple[str, ...], str] = {
     (_QWEN35,): "qwen35",
     (_TEKKEN,): "tekken",
     (_O200K,): "gpt-4o",
-    (_KIMI,): "kimi-k2",
+    (KIMI,): "kimi-k2",
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, _DIGIT): "deepseek-coder",
     (
         r"[\r\n]",

@@ -40,7 +40,7 @@ def tiktoken_vocab(
     rows, and names of specials that are not in the special range.
     """
     _require_kimi(settings, config)
-    ranks = _parse(data, vocab_size)
+    ranks = read_ranks(data, vocab_size)
     n_ranks = len(ranks)
     names = _special_names(settings, n_ranks)
     tokens = [spell_bytes(token) for token in ranks]
@@ -69,7 +69,7 @@ def _require_kimi(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Non
         )
 
 
-def _parse(data: bytes, vocab_size: int) -> dict[bytes, int]:
+def read_ranks(data: bytes, vocab_size: int) -> dict[bytes, int]:
     """Token bytes -> rank, in rank order, of lines `base64 rank`; every rank and byte once."""
     n_lines = data.count(b"\n") + (not data.endswith(b"\n"))
     if n_lines > vocab_size:

@@ -1,0 +1,1 @@
+"""Text: tokenizers, chat templates, corpora, and the token sets that are made of them."""
