@@ -16,23 +16,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import regex
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
 )
 
 from quantkit.errors import RecipeError
+from quantkit.run.settings import parse_settings, read_settings
 from quantkit.types import GgmlType, TensorSpec
 
-_MAX_BYTES = 4 << 20
 # A pattern gets this long for one name of at most 63 bytes; an honest one takes microseconds.
 _PATTERN_SECONDS = 0.05
+
+# llama.cpp's `enum llama_ftype`, without `LLAMA_FTYPE_MOSTLY_`: the numbers of general.file_type.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
+    "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
+    "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22,
+    "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29,
+    "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38, "NVFP4": 39,
+    "Q1_0": 40, "Q2_0": 41,
+}  # fmt: skip
 
 
 def _type(value: object) -> GgmlType:
@@ -44,12 +52,20 @@ def _type(value: object) -> GgmlType:
     return GgmlType[name]
 
 
+def _file_type(value: object) -> str:
+    name = str(value).upper()
+    if name not in FILE_TYPES:
+        raise ValueError(f"unknown file type {value!r}")
+    return name
+
+
 def _text(value: object) -> object:
     """YAML reads `8` as a number; the keys below are text that may look like one."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 TypeName = Annotated[GgmlType, BeforeValidator(_type), PlainSerializer(lambda t: t.name)]
+FileType = Annotated[str, BeforeValidator(_file_type)]
 Count = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}\+?$")]
 Portion = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}(/[1-9][0-9]{0,5})?$")]
 
@@ -200,13 +216,19 @@ class Sampling(_Strict):
 
 
 class Recipe(_Strict):
-    """The whole file. `default` is the type of every tensor that no rule names."""
+    """The whole file. `default` is the type of every tensor that no rule names.
+
+    `file_type` is the preset that the file declares as `general.file_type`.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
+    file_type: FileType | None = None
     default: TypeName
     rules: tuple[Rule, ...] = ()
     effort: Literal["fast", "default", "best"] = "default"
+    weighting: Literal["importance", "ggml", "blend"] = "blend"
+    gain: float = Field(0.75, ge=0, le=1)
     sampling: Sampling = Sampling()
 
     def assign(self, tensors: Sequence[TensorSpec]) -> dict[str, GgmlType]:
@@ -246,11 +268,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     shipped = resources.files("quantkit") / "recipes" / f"{name_or_path.lower()}.yaml"
     if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise RecipeError("no such recipe file", where=str(path))
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError("larger than 4 MiB", where=str(path))
-        return parse_recipe(path.read_text("utf-8", errors="strict"), where=str(path))
+        return parse_recipe(read_settings(path, "recipe", RecipeError), where=str(path))
     if "/" in name_or_path or "\\" in name_or_path or not shipped.is_file():
         raise RecipeError(
             f"no recipe is called {name_or_path!r}",
@@ -271,42 +289,10 @@ def shipped_names() -> list[str]:
 
 def parse_recipe(text: str, *, where: str) -> Recipe:
     """Parse and check a recipe's text."""
-    try:
-        data = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader with less
-    except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=where) from None
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError("; ".join(_problems(error)), where=where, hint=_SCHEMA_HINT) from None
+    return parse_settings(text, Recipe, where=where, hint=_SCHEMA_HINT, error=RecipeError)
 
 
 _SCHEMA_HINT = "docs/recipes.md lists every key"
-
-
-def _problems(error: ValidationError) -> Iterable[str]:
-    for problem in error.errors()[:8]:
-        place = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            yield f"unknown key {place}"
-        else:
-            yield f"{place}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases (no bombs) and without silent duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"key {', '.join(sorted(twice))} is given twice")
-        return super().construct_mapping(node, deep=deep)
 
 
 _END = r"(-?\d{1,6}|\d{1,6}/[1-9]\d{0,5})"

@@ -12,7 +12,7 @@ from quantkit.container.layout import ShardLayout, TensorEntry, lay_out
 from quantkit.errors import RecipeError
 from quantkit.plan.fallback import fitting_type
 from quantkit.plan.tiles import slab_rows, tile_rows
-from quantkit.recipe import Recipe
+from quantkit.recipe import FILE_TYPES, Recipe
 from quantkit.types import (
     GgmlType,
     Kv,
@@ -27,16 +27,8 @@ from quantkit.types import (
 # The Hub refuses files of 50 GB and more.
 MAX_SHARD_BYTES = 49_000_000_000
 
-# ggml type -> llama.cpp's general.file_type of a file that is mostly that type
-_FILE_TYPES = {
-    GgmlType.F32: 0, GgmlType.F16: 1, GgmlType.Q4_0: 2, GgmlType.Q4_1: 3, GgmlType.Q8_0: 7,
-    GgmlType.Q5_0: 8, GgmlType.Q5_1: 9, GgmlType.Q2_K: 10, GgmlType.Q3_K: 12, GgmlType.Q4_K: 15,
-    GgmlType.Q5_K: 17, GgmlType.Q6_K: 18, GgmlType.IQ2_XXS: 19, GgmlType.IQ2_XS: 20,
-    GgmlType.IQ3_XXS: 23, GgmlType.IQ1_S: 24, GgmlType.IQ4_NL: 25, GgmlType.IQ3_S: 26,
-    GgmlType.IQ2_S: 28, GgmlType.IQ4_XS: 30, GgmlType.IQ1_M: 31, GgmlType.BF16: 32,
-    GgmlType.TQ1_0: 36, GgmlType.TQ2_0: 37, GgmlType.MXFP4: 38, GgmlType.NVFP4: 39,
-    GgmlType.Q1_0: 40, GgmlType.Q2_0: 41,
-}  # fmt: skip
+# What a file that is mostly of a type is called, where that is not the name of the type.
+_FILE_TYPE_OF = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +61,7 @@ class TypeChooser:
                 hint=f"choose from {', '.join(sorted(t.name for t in encodable))}",
             )
         self._wanted = recipe.assign(tensors)
+        self.file_type = recipe.file_type
 
     def choose(self, spec: TensorSpec) -> _Choice:
         """Type of one of the model's tensors."""
@@ -118,11 +111,14 @@ def build_plan(
 
 
 def file_type(specs: tuple[TensorSpec, ...], chooser: TypeChooser) -> int:
-    """`general.file_type`: the type that most weights have."""
+    """`general.file_type`: the recipe's, or that of the type that most weights have."""
+    if chooser.file_type is not None:
+        return FILE_TYPES[chooser.file_type]
     weights: Counter[GgmlType] = Counter()
     for spec in specs:
         weights[chooser.choose(spec).type] += spec.n_weights
-    return _FILE_TYPES[max(weights, key=lambda t: (weights[t], -t))]
+    most = max(weights, key=lambda t: (weights[t], -t)).name
+    return FILE_TYPES[_FILE_TYPE_OF.get(most, most)]
 
 
 def _place(choices: list[_Choice], shards: tuple[ShardLayout, ...]) -> tuple[PlannedTensor, ...]:
