@@ -10,6 +10,7 @@ import numpy.typing as npt
 from quantkit.errors import NonFiniteError, UsageError
 from quantkit.quantize.codec import Blocks, Codec, Effort, How, Importance, Tile, Weighting
 from quantkit.quantize.codec import codec_of as _codec_of
+from quantkit.quantize.gain import encode_rows
 from quantkit.types import GgmlType
 
 __all__ = ["Effort", "Weighting", "decode", "encode"]
@@ -21,20 +22,26 @@ def encode(
     importance: npt.ArrayLike | None = None,
     effort: Effort = "default",
     weighting: Weighting = "importance",
+    gain: float = 0.0,
 ) -> Blocks:
     """Encode `x` f32[rows, cols] as blocks of a GGUF type, u8[rows, row_bytes].
 
     `importance` f32[cols] is the imatrix, the mean square of each column's input. `effort` is how
-    hard to search: `fast`, `default` or `best`. Rows are independent of each other.
+    hard to search: `fast`, `default` or `best`. `gain`, 0 to 1, gives back energy that low-bit
+    codes lose: 0 has the least error, 1 does best in a model (see `quantize.gain`). Rows are
+    independent of each other.
 
-    Raises `UsageError` for an unknown type, effort or weighting and for a shape that does not fit
-    the type; `NonFiniteError`, naming [row, col], for NaN or infinity in `x` or `importance`.
+    Raises `UsageError` for an unknown type, effort or weighting, for a gain beyond 0 to 1 and for
+    a shape that does not fit the type; `NonFiniteError`, naming [row, col], for NaN or infinity in
+    `x` or `importance`.
     """
     codec = _named(type_name)
     if effort not in get_args(Effort):
         raise UsageError(f"unknown effort {effort!r}", hint=f"one of {get_args(Effort)}")
     if weighting not in get_args(Weighting):
         raise UsageError(f"unknown weighting {weighting!r}", hint=f"one of {get_args(Weighting)}")
+    if not 0 <= gain <= 1:
+        raise UsageError(f"a gain of {gain}", hint="from 0 to 1")
     tile = np.ascontiguousarray(x, np.float32)
     if tile.ndim != 2 or tile.shape[1] % codec.type.block_size:
         raise UsageError(
@@ -44,7 +51,7 @@ def encode(
         )
     check_finite(tile)
     q = None if importance is None else _checked_importance(importance, tile.shape[1])
-    return codec.encode(tile, q, How(effort, weighting))
+    return encode_rows(codec, tile, q, How(effort, weighting, gain))
 
 
 def decode(blocks: npt.ArrayLike, type_name: str) -> Tile:

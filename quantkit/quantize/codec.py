@@ -15,8 +15,9 @@ from quantkit.types import GgmlType
 
 Effort = Literal["fast", "default", "best"]
 # What the encoder minimises, sum of w (x - x^)^2: "importance" takes w = the imatrix value (ones
-# without an imatrix), "ggml" multiplies it by sqrt(c * mean(x^2) + x^2) as llama-quantize does.
-Weighting = Literal["importance", "ggml"]
+# without an imatrix), "ggml" multiplies it by sqrt(c * mean(x^2) + x^2) as llama-quantize does,
+# "blend" by the root of that for codebook types and by nothing for others.
+Weighting = Literal["importance", "ggml", "blend"]
 Tile = npt.NDArray[np.float32]  # [rows, cols]
 Blocks = npt.NDArray[np.uint8]  # [rows, row_bytes]
 Importance = npt.NDArray[np.float32]  # [cols]
@@ -24,10 +25,11 @@ Importance = npt.NDArray[np.float32]  # [cols]
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How hard to search and what for."""
+    """How hard to search, what for, and how much of the lost energy to give back (see `gain`)."""
 
     effort: Effort = "default"
     weighting: Weighting = "importance"
+    gain: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.errors import NonFiniteError, QuantkitError
-from quantkit.quantize.codec import Blocks, How, Tile, codec_of
+from quantkit.quantize.codec import Blocks, Codec, How, codec_of
+from quantkit.quantize.gain import encode_rows
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.packed import read_tile, repack_q4_0
-from quantkit.types import GgmlType, PlannedTensor, Slab, SlabOp
+from quantkit.source.slabs import read_slab
+from quantkit.types import GgmlType, PlannedTensor, Slab
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +30,41 @@ class EncodedTile:
     n_inexact: int = 0
 
 
+class Importances(Protocol):
+    """What is known of tensors' columns."""
+
+    def get(self, name: str) -> npt.NDArray[np.float32] | None:
+        """f32[m, cols], a row for each expert or head, or one for all; None for nothing."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How tiles are encoded: columns that `importances` knows nothing of all count alike."""
+
+    how: How
+    importances: Importances | None = None
+    codec_of: Callable[[GgmlType], Codec] = codec_of
+
+
 def encode_tile(
-    checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], key: tuple[int, int], how: How
+    checkpoint: Checkpoint,
+    tensors: tuple[PlannedTensor, ...],
+    key: tuple[int, int],
+    encoding: Encoding,
 ) -> EncodedTile:
     """Read, rearrange and encode tile `key` = (tensor, tile) of a plan's tensors."""
     planned = tensors[key[0]]
     slab, first, last = planned.tile(key[1])
     try:
         if planned.repack:
-            blocks, n_inexact = _repacked(checkpoint, planned.spec.slabs[slab], first, last, how)
+            blocks, n_inexact = _repacked(
+                checkpoint, planned.spec.slabs[slab], first, last, encoding
+            )
         else:
-            x = _values(checkpoint, planned, slab, first, last)
-            blocks, n_inexact = codec_of(planned.type).encode(x, None, how), 0
+            x = read_slab(checkpoint, planned.spec, slab, first, last)
+            weight = _importance_of(planned, slab, encoding.importances)
+            codec = encoding.codec_of(planned.type)
+            blocks, n_inexact = encode_rows(codec, x, weight, encoding.how), 0
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error.message} (for {planned.spec.name})", where=error.where, hint=error.hint
@@ -47,46 +75,24 @@ def encode_tile(
     return EncodedTile(*key, data, hashlib.sha256(data).digest(), n_inexact)
 
 
-def _values(
-    checkpoint: Checkpoint, planned: PlannedTensor, slab: int, first: int, last: int
-) -> Tile:
-    """f32[rows, cols] of a tile, in the order of the GGUF tensor."""
-    spec = planned.spec
-    if spec.constant:
-        return np.array(spec.constant, np.float32).reshape(spec.grid)
-    source = spec.slabs[slab]
-    if source.op is SlabOp.COPY:
-        return _rows(checkpoint, source, source.row_begin + first, source.row_begin + last)
-    return rearranged(_rows(checkpoint, source, source.row_begin, source.row_end), source.op)
-
-
-def _rows(checkpoint: Checkpoint, slab: Slab, begin: int, end: int) -> Tile:
-    if len(slab.weight.shape) == 1:  # a vector's rows are its elements
-        return read_tile(checkpoint, slab.weight, 0, 1)[0, begin:end, np.newaxis]
-    return read_tile(checkpoint, slab.weight, begin, end)
-
-
-def rearranged(x: Tile, op: SlabOp) -> Tile:
-    """The rows of a slab in the order that llama.cpp wants; see `SlabOp`."""
-    n_rows, n_cols = x.shape
-    if op is SlabOp.TRANSPOSE:
-        return np.ascontiguousarray(x.T)
-    if op is SlabOp.INTERLEAVE:
-        return x.reshape(2, n_rows // 2, n_cols).swapaxes(0, 1).reshape(n_rows, n_cols)
-    if op is SlabOp.SPLIT_2D:
-        return x.reshape(n_rows // 4, 2, 2, n_cols).swapaxes(0, 1).reshape(n_rows, n_cols)
-    return x
+def _importance_of(
+    planned: PlannedTensor, slab: int, importances: Importances | None
+) -> npt.NDArray[np.float32] | None:
+    rows = importances.get(planned.spec.name) if importances else None
+    if rows is None:
+        return None
+    return np.asarray(rows[slab if len(rows) > 1 else 0])
 
 
 def _repacked(
-    checkpoint: Checkpoint, slab: Slab, first: int, last: int, how: How
+    checkpoint: Checkpoint, slab: Slab, first: int, last: int, encoding: Encoding
 ) -> tuple[Blocks, int]:
     """INT4 copied into Q4_0 blocks; blocks whose scale f16 cannot hold are encoded instead."""
     begin, end = slab.row_begin + first, slab.row_begin + last
     blocks, n_inexact, inexact = repack_q4_0(checkpoint, slab.weight, begin, end)
     if n_inexact:
         values = read_tile(checkpoint, slab.weight, begin, end)
-        encoded = codec_of(GgmlType.Q4_0).encode(values, None, how)
+        encoded = encoding.codec_of(GgmlType.Q4_0).encode(values, None, encoding.how)
         n_bytes = GgmlType.Q4_0.block_bytes
         blocks.reshape(-1, n_bytes)[inexact.ravel()] = encoded.reshape(-1, n_bytes)[inexact.ravel()]
     return blocks, n_inexact

@@ -21,7 +21,7 @@ from quantkit.quantize.kernels._codebook import (
     sample,
     sign_bits,
 )
-from quantkit.quantize.kernels._common import GGML, IMPORTANCE, helper, kernel
+from quantkit.quantize.kernels._common import IMPORTANCE, WEIGHTINGS, helper, kernel
 from quantkit.quantize.kernels._eight_level import estimate_blocks, neighbour_tables
 from quantkit.quantize.kernels._scales import (
     SUPER,
@@ -212,14 +212,14 @@ def search_codebook(
     top = np.float32(15.0)
     for column in range(0, cols, SUPER):
         load_importance(importance, column, q)
-        if weighting[0] != GGML:
+        if weighting[0] == IMPORTANCE:
             _products(q, squares, places, tables[0])
         for begin in range(column, x.size, cols):
             power = load_weights(x, begin, v)
             if power == 0:
                 continue
             load_error_weights(v, q, weighting[0], weighting[1], w)
-            if weighting[0] == GGML:
+            if weighting[0] != IMPORTANCE:
                 _products(w, squares, places, tables[0])
             _tables(v, w, u, book, tables, signs)
             to_tiles(np.abs(v), SUPER // n_blocks, x_tile)
@@ -298,7 +298,7 @@ class CodebookCode:
             np.ascontiguousarray(x).reshape(-1),
             x.shape[1],
             np.ones(x.shape[1], np.float32) if importance is None else importance,
-            (GGML if weighting == "ggml" else IMPORTANCE, self.c),
+            (WEIGHTINGS[weighting], self.c),
             (self.n_blocks, np.float32(self.factor)),
             (
                 levels,

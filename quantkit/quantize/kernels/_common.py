@@ -19,6 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Ids of `Weighting` for the inside of kernels.
 IMPORTANCE = 0
 GGML = 1
+BLEND = 2
+WEIGHTINGS = {"importance": IMPORTANCE, "ggml": GGML, "blend": BLEND}
 
 
 def _helper_digest() -> str:

@@ -25,7 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quantkit.quantize.kernels._common import GGML, f16_bits, f16_value, helper
+from quantkit.quantize.kernels._common import BLEND, IMPORTANCE, f16_bits, f16_value, helper
 from quantkit.quantize.kernels._simd import (
     Vec,
     absolute,
@@ -106,14 +106,20 @@ def load_weights(x: np.ndarray, at: int, v: np.ndarray) -> Any:
 
 @helper
 def load_error_weights(v: np.ndarray, q: np.ndarray, weighting: int, c: Any, w: np.ndarray) -> None:
-    """Error weights of a super-block: `q`, or llama.cpp's q * sqrt(c * mean(x^2) + x^2)."""
+    """Error weights of a super-block: `q`, llama.cpp's q * sqrt(c * mean(x^2) + x^2), or between.
+
+    BLEND is the geometric mean of the two.
+    """
     floor = np.float32(0.0)
-    if weighting == GGML:
+    if weighting != IMPORTANCE:
         for i in range(SUPER):
             floor += v[i] * v[i]
         floor *= np.float32(c / SUPER)
     for i in range(SUPER):
-        w[i] = q[i] * np.sqrt(floor + v[i] * v[i]) if weighting == GGML else q[i]
+        w[i] = q[i]
+        if weighting != IMPORTANCE:
+            root = np.sqrt(floor + v[i] * v[i])
+            w[i] *= np.sqrt(root) if weighting == BLEND else root
 
 
 @helper

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from quantkit.quantize.codec import Importance, Tile
 from quantkit.quantize.grids import grid
-from quantkit.quantize.kernels._common import GGML, IMPORTANCE, helper, kernel
+from quantkit.quantize.kernels._common import WEIGHTINGS, helper, kernel
 from quantkit.quantize.kernels._scales import (
     LANES,
     SUPER,
@@ -273,7 +273,7 @@ class ThreeLevelCode:
             np.ascontiguousarray(x).reshape(-1),
             x.shape[1],
             np.ones(x.shape[1], np.float32) if importance is None else importance,
-            (GGML if weighting == "ggml" else IMPORTANCE, self.c),
+            (WEIGHTINGS[weighting], self.c),
             (self.n_blocks, np.float32(self.top), len(self.shifts) > 1, np.float32(self.factor)),
             (levels, shifts, self.shared, tables, (points.reshape(-1), entry_table(self.name))),
             (span, plan.n_samples, plan.shallow, plan.deep, tries, plan.rounds),
