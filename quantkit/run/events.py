@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
+
+Unit = Literal["bytes", "tokens"]
 
 
 def size(n_bytes: float) -> str:
@@ -32,11 +34,11 @@ class Reporter(Protocol):
     def stage(self, name: str, detail: str) -> None:
         """A stage is finished; one line of what came of it."""
 
-    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
-        """Long work starts: `n_bytes` in all, of which `n_done` were done before."""
+    def begin(self, title: str, total: int, n_done: int, unit: Unit = "bytes") -> None:
+        """Long work starts: `total` bytes or tokens in all, of which `n_done` were done before."""
 
-    def advance(self, n_bytes: int) -> None:
-        """Some of it is done."""
+    def advance(self, n: float) -> None:
+        """So many more are done."""
 
     def end(self) -> None:
         """The long work is over, well or badly."""
@@ -51,10 +53,10 @@ class Silent:
     def stage(self, name: str, detail: str) -> None:
         """See `Reporter`."""
 
-    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
+    def begin(self, title: str, total: int, n_done: int, unit: Unit = "bytes") -> None:
         """See `Reporter`."""
 
-    def advance(self, n_bytes: int) -> None:
+    def advance(self, n: float) -> None:
         """See `Reporter`."""
 
     def end(self) -> None:

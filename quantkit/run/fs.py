@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.errors import OutputError
@@ -55,6 +57,16 @@ def open_sized(path: Path, n_bytes: int) -> int:
         return fd
 
 
+def open_scratch(folder: Path, n_bytes: int) -> int:
+    """A file without a name for data that does not outlive the process. Gives the fd."""
+    with writing(folder):
+        make_folder(folder)
+        fd, name = tempfile.mkstemp(dir=folder, prefix=".scratch-")
+        Path(name).unlink()
+        os.ftruncate(fd, n_bytes)
+        return fd
+
+
 def write_at(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
@@ -98,10 +110,36 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Create a folder and keep it from other runs; raises `OutputError` where one has it."""
+    make_folder(folder)
+    with writing(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(
+                "another run is at work here",
+                where=str(folder),
+                hint="wait for it, or choose another output with -o",
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there."""
     with writing(path):
         path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there and empty."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def make_folder(folder: Path) -> None:

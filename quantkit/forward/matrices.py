@@ -1,0 +1,164 @@
+"""Products with a model's matrices, whose rows are read tile by tile and never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch.nn.functional import silu
+
+from quantkit.forward.rounding import rounded
+from quantkit.forward.weights import Weights
+
+Activations = Literal["llama.cpp", "exact"]
+T = TypeVar("T")
+
+_TILE_BYTES = 64 << 20  # of f32; an expert's matrix of Kimi K2 is just below
+
+
+class Observer(Protocol):
+    """Sees the input of every matrix before it is multiplied."""
+
+    def see(self, names: tuple[str, ...], x: torch.Tensor, row: int = 0, n_rows: int = 1) -> None:
+        """x f32[n_tok, n]: inputs of the weights `names`; `row` of `n_rows` is the expert."""
+
+    def wants_prior(self, name: str, n_tok: int) -> bool:
+        """Whether an expert with `n_tok` tokens should also see a sample of all tokens."""
+
+    def see_prior(self, name: str, x: torch.Tensor, row: int, n_rows: int) -> None:
+        """x f32[n_tok, n]: inputs of expert `row`, had a sample of all tokens been routed to it."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how exactly. `activations` "llama.cpp" rounds them as its CPU backend does."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    activations: Activations = "llama.cpp"
+
+
+class Matrices:
+    """A model's weights as operators."""
+
+    def __init__(
+        self, weights: Weights, compute: Compute, observer: Observer | None = None
+    ) -> None:
+        self.weights = weights
+        self.compute = compute
+        self.observer = observer
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm or bias, f32[n] on the device."""
+        return torch.from_numpy(self.weights.read(name, 0, 1)[0]).to(self.compute.device)
+
+    def apply(self, name: str, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """x f32[n_tok, cols] times the transpose of a matrix, or of an expert's: f32[n_tok, rows].
+
+        A bias of the same name is added.
+        """
+        first, n_rows = self._rows_of(name, expert)
+        x = self._input(name, x)
+        y = torch.empty(len(x), n_rows, device=x.device)
+        for begin, tile in self._tiles(name, first, n_rows):
+            y[:, begin : begin + len(tile)] = x @ tile.T
+        bias = name.removesuffix(".weight") + ".bias"
+        if expert is None and bias in self.weights:
+            y += self.vector(bias)
+        return y
+
+    def heads(self, name: str) -> torch.Tensor:
+        """All of a small 3-D tensor, f32[n_heads, rows, cols]."""
+        shape = self.weights.shape(name)
+        parts = [tile for _, tile in self._tiles(name, 0, shape[0] * shape[1])]
+        return torch.cat(parts).view(shape)
+
+    def per_head(self, name: str, matrices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x f32[n_tok, n_heads, cols] by `heads(name)`: f32[n_heads, n_tok, rows]."""
+        return self._input(name, x.transpose(0, 1)) @ matrices.transpose(1, 2)
+
+    def swiglu(
+        self, prefix: str, suffix: str, x: torch.Tensor, expert: int | None = None
+    ) -> torch.Tensor:
+        """down(silu(gate(x)) * up(x)) of `{prefix}_gate{suffix}.weight` and its siblings."""
+        names = (f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight")
+        inner = self.swiglu_inner(prefix, suffix, x, expert)
+        down = f"{prefix}_down{suffix}.weight"
+        if self.observer:
+            row, n_rows = (0, 1) if expert is None else (expert, self.weights.shape(down)[0])
+            self.observer.see(names, x, row, n_rows)
+            self.observer.see((down,), inner, row, n_rows)
+        return self.apply(down, inner, expert)
+
+    def swiglu_inner(
+        self, prefix: str, suffix: str, x: torch.Tensor, expert: int | None
+    ) -> torch.Tensor:
+        """What goes into the down projection, f32[n_tok, width]."""
+        gate, up = f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight"
+        first, n_rows = self._rows_of(gate, expert)
+        inner = torch.empty(len(x), n_rows, device=x.device)
+        into_gate, into_up = self._input(gate, x), self._input(up, x)
+        ups = self._tiles(up, first, n_rows)
+        for begin, tile in self._tiles(gate, first, n_rows):
+            part = silu(into_gate @ tile.T)
+            inner[:, begin : begin + len(tile)] = part.mul_(into_up @ next(ups)[1].T)
+        return inner
+
+    def tiles(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, tile) of a matrix on the device."""
+        return self._tiles(name, 0, self.weights.shape(name)[0])
+
+    def product(self, name: str, x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+        """x f32[n_tok, cols] by a tile of that matrix, f32[n_tok, rows]."""
+        return (self._input(name, x) @ tile.T).float()
+
+    def _rows_of(self, name: str, expert: int | None) -> tuple[int, int]:
+        """First row and number of rows, leading axes flattened."""
+        shape = self.weights.shape(name)
+        if expert is None:
+            return 0, shape[0]
+        return expert * shape[1], shape[1]
+
+    def _input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.compute.activations == "llama.cpp":
+            x = rounded(x, self.weights.type(name))
+        return x.to(self.compute.dtype)
+
+    def _tiles(self, name: str, first: int, n_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(place, tile) of `n_rows` rows from `first` on, one read ahead of its use."""
+        step = max(1, _TILE_BYTES // (4 * self.weights.shape(name)[-1]))
+        begins = range(0, n_rows, step)
+
+        def read(begin: int) -> torch.Tensor:
+            end = min(begin + step, n_rows)
+            return torch.from_numpy(self.weights.read(name, first + begin, first + end))
+
+        device, dtype = self.compute.device, self.compute.dtype
+        for begin, tile in zip(begins, ahead(read, begins), strict=True):
+            yield begin, tile.to(device, dtype)
+
+
+def ahead(call: Callable[[int], T], arguments: Iterable[int]) -> Iterator[T]:
+    """`map`, with the next call under way while this one's result is used."""
+    waiting = list(arguments)
+    if len(waiting) == 1:  # nothing to overlap with
+        yield call(waiting[0])
+        return
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        pending = [pool.submit(call, argument) for argument in waiting[:1]]
+        for argument in [*waiting[1:], None]:
+            result = pending.pop().result()
+            if argument is not None:
+                pending.append(pool.submit(call, argument))
+            yield result
+
+
+def output_name(weights: Weights) -> str:
+    """The head's tensor; the token embedding where they are tied."""
+    return "output.weight" if "output.weight" in weights else "token_embd.weight"

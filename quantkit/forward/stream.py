@@ -1,0 +1,233 @@
+"""One model's hidden states on their way through the layers, all sequences at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quantkit.errors import NonFiniteError, UsageError
+from quantkit.forward import blocks
+from quantkit.forward.hyper import Hyper
+from quantkit.forward.matrices import Matrices, output_name
+from quantkit.forward.rotary import angles
+from quantkit.forward.rows import Rows
+
+_WORK_BYTES = 384 << 20  # of activations in flight, about
+_LOGIT_BYTES = 32 << 20  # of logits at once, by each model of a comparison
+_PRIOR_TOKENS = 512  # of all tokens, for experts that see few of their own
+_GAP = 16  # rows of the embedding between two needed ones that are read rather than skipped
+
+_ATTENTION = 0.25  # of a layer's time, for progress only
+
+RowsMaker = Callable[[int, int], Rows]
+Progress = Callable[[float], None]
+
+
+def _unheard(part: float) -> None:
+    """Progress that nobody asked for."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids i64[n_tok] of all sequences, one after the other, and the sequences' lengths."""
+
+    ids: npt.NDArray[np.int64]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, chunks: npt.NDArray[np.integer]) -> Sequences:
+        """Equal sequences, ids [n_seq, n_tok]."""
+        return cls(chunks.ravel().astype(np.int64), (chunks.shape[1],) * len(chunks))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Stream:
+    """Hidden states f32[n_tok, hidden] of one model, advanced layer by layer.
+
+    Weights are read once per layer (once per block of tokens where activations would not fit), an
+    expert at a time. `routing` holds the experts chosen in the last layer, i16[n_tok, n_used], or
+    None after a dense one.
+    """
+
+    def __init__(
+        self, matrices: Matrices, hyper: Hyper, sequences: Sequences, make_rows: RowsMaker
+    ) -> None:
+        self.matrices = matrices
+        self.hyper = hyper
+        self.sequences = sequences
+        self.hidden = make_rows(len(sequences), hyper.hidden)
+        self.routing: npt.NDArray[np.int16] | None = None
+        self._spare = make_rows(len(sequences), hyper.hidden) if hyper.moe else None
+        divisors = None
+        if "rope_freqs.weight" in matrices:
+            divisors = torch.from_numpy(matrices.weights.read("rope_freqs.weight", 0, 1)[0])
+        n_pos = max(sequences.lengths, default=0)
+        self._turns = angles(hyper.rope, n_pos, divisors, matrices.compute.device)
+
+    def embed(self) -> None:
+        """Start: rows of the embedding table, of which only the needed ones are read."""
+        ids = torch.from_numpy(self.sequences.ids)
+        table = self.matrices.weights
+        n_vocab = table.shape("token_embd.weight")[0]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+            raise UsageError(f"token {int(ids.max())} in a vocabulary of {n_vocab}")
+        for begin, end in _ranges(self.sequences.ids):
+            rows = torch.from_numpy(table.read("token_embd.weight", begin, end))
+            places = torch.nonzero((ids >= begin) & (ids < end)).ravel()
+            for part in places.split(self._n_block):
+                self.hidden.add(part, rows[ids[part] - begin])
+
+    def advance(self, layer: int, progress: Progress = _unheard) -> None:
+        """Pass one layer, telling parts of it as they are done.
+
+        Raises `NonFiniteError` where a hidden state overflows.
+        """
+        m, hyper, n = self.matrices, self.hyper, max(1, len(self.sequences))
+        weight = m.vector(f"blk.{layer}.attn_norm.weight")
+        for begin, end, lengths in self._whole_sequences():
+            h = self._read(begin, end)
+            x = blocks.rms_norm(h, weight, hyper.eps)
+            h += blocks.attention(m, hyper, layer, x, lengths, self._turns)
+            self.hidden.write(begin, h.cpu())
+            progress(_ATTENTION * (end - begin) / n)
+        weight = m.vector(f"blk.{layer}.ffn_norm.weight")
+        self.routing = None
+        if blocks.is_routed(m, layer):
+            self._routed(layer, weight, progress)
+        else:
+            for begin, end in self._blocks():
+                h = self._read(begin, end)
+                h += blocks.dense_ffn(m, layer, blocks.rms_norm(h, weight, hyper.eps))
+                self.hidden.write(begin, h.cpu())
+                progress((1 - _ATTENTION) * (end - begin) / n)
+        self._check(layer)
+
+    def logits(self, places: npt.NDArray[np.int64]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first token id, logits f32[n, tile]) of the places i64[n], ascending, tile by tile."""
+        m, name = self.matrices, output_name(self.matrices.weights)
+        x = self.final(torch.from_numpy(places))
+        step = max(1, _LOGIT_BYTES // (4 * max(1, len(places))))
+        for first, tile in m.tiles(name):
+            for begin in range(0, len(tile), step):
+                yield first + begin, m.product(name, x, tile[begin : begin + step])
+
+    def final(self, places: torch.Tensor) -> torch.Tensor:
+        """The head's input at the places i64[n], ascending: f32[n, hidden]."""
+        m = self.matrices
+        h = self.hidden.take(places).to(m.compute.device)
+        return blocks.rms_norm(h, m.vector("output_norm.weight"), self.hyper.eps)
+
+    def observe_output(self) -> None:
+        """Show the head's input of all tokens to the observer."""
+        if self.matrices.observer:
+            for begin, end in self._blocks():
+                x = self.final(torch.arange(begin, end))
+                self.matrices.observer.see((output_name(self.matrices.weights),), x)
+
+    def _routed(self, layer: int, norm: torch.Tensor, progress: Progress) -> None:
+        moe, m, out = self.hyper.moe, self.matrices, self._spare
+        if moe is None or out is None:
+            raise UsageError(f"layer {layer} has experts, the metadata has none")
+        routing = np.empty((self.hidden.n_rows, moe.n_used), np.int16)
+        gates = torch.empty(self.hidden.n_rows, moe.n_used)
+        for begin, end in self._blocks():
+            h = self._read(begin, end)
+            x = blocks.rms_norm(h, norm, self.hyper.eps)
+            chosen, weights = blocks.route(m, moe, layer, x)
+            routing[begin:end] = chosen.cpu().numpy()
+            gates[begin:end] = weights.cpu()
+            out.write(begin, (h + blocks.shared_ffn(m, layer, x)).cpu())
+        for expert in range(moe.n_experts):
+            places, slots = np.nonzero(routing == expert)
+            index = torch.from_numpy(places)
+            share = gates[index, torch.from_numpy(slots)]
+            self._expert(layer, expert, norm, index, share, out)
+            progress((1 - _ATTENTION) / moe.n_experts)
+        self.hidden, self._spare, self.routing = out, self.hidden, routing
+
+    def _expert(
+        self,
+        layer: int,
+        expert: int,
+        norm: torch.Tensor,
+        index: torch.Tensor,
+        share: torch.Tensor,
+        out: Rows,
+    ) -> None:
+        m, prefix = self.matrices, f"blk.{layer}.ffn"
+        for part, weight in zip(
+            index.split(self._n_block), share.split(self._n_block), strict=True
+        ):
+            if len(part):
+                x = self._normed(part, norm)
+                y = m.swiglu(prefix, "_exps", x, expert)
+                out.add(part, (y * weight[:, None].to(y.device)).cpu())
+        down = f"{prefix}_down_exps.weight"
+        if m.observer and m.observer.wants_prior(down, len(index)):
+            n = min(_PRIOR_TOKENS, self.hidden.n_rows)
+            sample = torch.linspace(0, self.hidden.n_rows - 1, n, dtype=torch.float64).long()
+            inner = m.swiglu_inner(prefix, "_exps", self._normed(sample, norm), expert)
+            m.observer.see_prior(down, inner, expert, m.weights.shape(down)[0])
+
+    def _normed(self, index: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        h = self.hidden.take(index).to(self.matrices.compute.device)
+        return blocks.rms_norm(h, norm, self.hyper.eps)
+
+    def _read(self, begin: int, end: int) -> torch.Tensor:
+        return self.hidden.read(begin, end).to(self.matrices.compute.device)
+
+    @property
+    def _n_block(self) -> int:
+        """Tokens whose activations fit the working memory."""
+        hyper, weights = self.hyper, self.matrices.weights
+        widest = max(hyper.n_heads * max(hyper.k_dim, hyper.v_dim), 3 * hyper.hidden)
+        for name in ("blk.0.ffn_gate.weight", "blk.0.attn_q_b.weight"):
+            if name in weights:
+                widest = max(widest, weights.shape(name)[0])
+        return max(64, _WORK_BYTES // (4 * 4 * widest))
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        n = self.hidden.n_rows
+        for begin in range(0, n, self._n_block):
+            yield begin, min(begin + self._n_block, n)
+
+    def _whole_sequences(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Blocks of tokens that end where sequences end."""
+        begin = end = 0
+        lengths: list[int] = []
+        for n in self.sequences.lengths:
+            if lengths and end + n - begin > self._n_block:
+                yield begin, end, lengths
+                begin, lengths = end, []
+            lengths.append(n)
+            end += n
+        if lengths:
+            yield begin, end, lengths
+
+    def _check(self, layer: int) -> None:
+        for begin, end in self._blocks():
+            if not torch.isfinite(self.hidden.read(begin, end).sum(-1)).all():
+                raise NonFiniteError(
+                    f"the hidden state after layer {layer} is not finite",
+                    hint="the weights are damaged, or the compute type is too narrow: try f32",
+                )
+
+
+def _ranges(ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Ranges of table rows that cover the ids; near ones together, up to a few thousand rows."""
+    needed = np.unique(ids)
+    begin = 0
+    for k in range(1, len(needed) + 1):
+        if (
+            k == len(needed)
+            or needed[k] - needed[k - 1] > _GAP
+            or needed[k] - needed[begin] >= 1024
+        ):
+            yield int(needed[begin]), int(needed[k - 1]) + 1
+            begin = k
