@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.evaluate.libllama import Session
+from tests.oracles import _libllama
+
 _ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 300
 
@@ -148,67 +151,11 @@ def _succeeds(operation: str, **request: Any) -> tuple[bool, str]:
     return done.returncode == 0, done.stderr
 
 
-class _Session:
+class _Session(Session):
     """The child's side: one model, and what is asked of it. Freed by the end of the process."""
 
     def __init__(self, gguf: str, **params: Any) -> None:
-        from tests.oracles import _libllama  # loads the shared object's types in the child only
-
-        self.binding = _libllama
-        self.lib = _libllama.load()
-        model_params = self.lib.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        for name, value in params.items():
-            setattr(model_params, name, value)
-        self.model = self.lib.llama_model_load_from_file(gguf.encode(), model_params)
-        if not self.model:
-            raise SystemExit(f"llama.cpp did not load {gguf}")
-        self.vocab = self.lib.llama_model_get_vocab(self.model)
-        self.n_vocab = self.lib.llama_vocab_n_tokens(self.vocab)
-
-    def context(self, n_ctx: int, *, threads: int = 1, kv_f32: bool = False, **params: Any) -> Any:
-        values = self.lib.llama_context_default_params()
-        values.n_ctx = values.n_batch = n_ctx
-        values.n_ubatch = min(n_ctx, 512)
-        values.n_outputs_max_per_seq = 0  # as many as the batch holds
-        values.n_threads = values.n_threads_batch = threads
-        if kv_f32:
-            values.type_k = values.type_v = 0
-            values.flash_attn_type = 0
-        for name, value in params.items():
-            setattr(values, name, value)
-        context = self.lib.llama_init_from_model(self.model, values)
-        if not context:
-            raise SystemExit("llama.cpp did not create a context")
-        return context
-
-    def decode(self, context: Any, ids: list[int], first_pos: int = 0) -> NDArray[np.float32]:
-        """Evaluate `ids` from position `first_pos`; logits of each, f32 [len(ids), n_vocab]."""
-        batch = self.lib.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i] = token
-            batch.pos[i] = first_pos + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = 1
-        status = self.lib.llama_decode(context, batch)
-        if status:
-            raise SystemExit(f"llama_decode: {status}")
-        rows = [self.lib.llama_get_logits_ith(context, i) for i in range(len(ids))]
-        result = np.stack([np.ctypeslib.as_array(row, (self.n_vocab,)) for row in rows])
-        self.lib.llama_batch_free(batch)
-        return result
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        data = text.encode()
-        ids = (ct.c_int32 * (len(data) + 8))()
-        count = self.lib.llama_tokenize(
-            self.vocab, data, len(data), ids, len(ids), add_special, parse_special
-        )
-        if count < 0:
-            raise SystemExit(f"llama_tokenize: {count}")
-        return ids[:count]
+        super().__init__(_libllama.load(), gguf, n_gpu_layers=0, **params)
 
     def detokenize(self, ids: list[int]) -> str:
         data = ct.create_string_buffer(256 * (len(ids) + 1))
@@ -232,10 +179,9 @@ def _child_logits(request: dict[str, Any]) -> dict[str, Any]:
         kv_f32=request["kv_f32"],
         **params,
     )
-    memory = session.lib.llama_get_memory(context)
     result = np.empty((len(sequences), len(sequences[0]), session.n_vocab), np.float32)
     for i, ids in enumerate(sequences):
-        session.lib.llama_memory_clear(memory, True)
+        session.clear(context)
         result[i] = session.decode(context, ids)
     return {"logits": result}
 
@@ -313,7 +259,7 @@ def _child_encode_image(request: dict[str, Any]) -> dict[str, Any]:
         request["width"], request["height"], bytes.fromhex(request["rgb"])
     )
     marker = lib.mtmd_default_marker()
-    text = session.binding.MtmdText(marker, len(marker), False, True)
+    text = _libllama.MtmdText(marker, len(marker), False, True)
     chunks = lib.mtmd_input_chunks_init()
     status = lib.mtmd_tokenize(vision, chunks, ct.byref(text), (ct.c_void_p * 1)(bitmap), 1)
     if status:
@@ -344,7 +290,10 @@ _OPERATIONS = {
 
 def _main() -> None:
     operation, result = sys.argv[1:]
-    np.savez(result, **_OPERATIONS[operation](json.load(sys.stdin)))
+    try:
+        np.savez(result, **_OPERATIONS[operation](json.load(sys.stdin)))
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What a quantized model lost: scores, summaries and reports."""
