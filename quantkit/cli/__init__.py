@@ -16,6 +16,13 @@ from quantkit.errors import QuantkitError
 _COMMANDS = {
     "convert": ("convert", "convert_command", "Convert a checkpoint into GGUF shards."),
     "plan": ("plan", "plan_command", "Show what a conversion would write, from metadata alone."),
+    "calibrate": ("calibrate", "calibrate_command", "Measure which weights matter: an imatrix."),
+    "imatrix": ("imatrix", "imatrix_command", "Show, merge and convert imatrix files."),
+    "evaluate": (
+        "evaluate",
+        "evaluate_command",
+        "Perplexity, KL divergence and answers of GGUF files.",
+    ),
     "inspect": ("inspect", "inspect_command", "List the metadata and tensors of a GGUF file."),
     "verify": ("verify", "verify_command", "Check a GGUF file or shard set, byte by byte."),
     "recipes": ("recipes", "recipes_command", "List the recipes that come with quantkit."),

@@ -7,10 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from quantkit.run.events import Reporter, Silent, size
+from quantkit.run.events import Reporter, Silent, Unit, size
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 
 def reporter(*, quiet: bool, as_json: bool) -> Reporter:
@@ -41,37 +41,32 @@ class Lines:
         """See `Reporter`."""
         self._print("[yellow]note    [/yellow]", text)
 
-    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
+    def begin(self, title: str, total: int, n_done: int, unit: Unit = "bytes") -> None:
         """See `Reporter`."""
         from rich.markup import escape
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         if n_done:
-            self._print("[bold]resume  [/bold]", f"{size(n_done)} are already written")
+            done = (
+                f"{size(n_done)} are already written" if unit == "bytes" else "from a saved state"
+            )
+            self._print("[bold]resume  [/bold]", done)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *_amounts(unit),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
         self._progress.start()
-        self._task = self._progress.add_task(escape(title), total=n_bytes, completed=n_done)
+        self._task = self._progress.add_task(escape(title), total=total, completed=n_done)
 
-    def advance(self, n_bytes: int) -> None:
+    def advance(self, n: float) -> None:
         """See `Reporter`."""
         if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, n_bytes)
+            self._progress.advance(self._task, n)
 
     def end(self) -> None:
         """See `Reporter`."""
@@ -85,12 +80,26 @@ class Lines:
         self._console.print(f"{label} {escape(text)}", soft_wrap=True)
 
 
+def _amounts(unit: Unit) -> list[ProgressColumn]:
+    """How much is done, and how fast."""
+    from rich.progress import DownloadColumn, ProgressColumn, Task, TransferSpeedColumn
+    from rich.text import Text
+
+    class Tokens(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = f", {task.speed:,.0f}/s" if task.speed else ""
+            return Text(f"{task.completed:,.0f} of {task.total:,.0f} tokens{speed}")
+
+    return [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [Tokens()]
+
+
 class JsonLines:
     """One JSON object per event on stdout; progress at most once a second."""
 
     def __init__(self) -> None:
-        self._total = self._done = 0
-        self._last = 0.0
+        self._total = 0
+        self._done = self._last = 0.0
+        self._unit: Unit = "bytes"
 
     def stage(self, name: str, detail: str) -> None:
         """See `Reporter`."""
@@ -100,17 +109,18 @@ class JsonLines:
         """See `Reporter`."""
         self._emit(event="warning", text=text)
 
-    def begin(self, title: str, n_bytes: int, n_done: int) -> None:
+    def begin(self, title: str, total: int, n_done: int, unit: Unit = "bytes") -> None:
         """See `Reporter`."""
-        self._total, self._done = n_bytes, n_done
-        self._emit(event="begin", title=title, n_bytes=n_bytes, n_done=n_done)
+        self._total, self._done, self._unit = total, float(n_done), unit
+        self._emit(event="begin", title=title, n_done=n_done, **{f"n_{unit}": total})
 
-    def advance(self, n_bytes: int) -> None:
+    def advance(self, n: float) -> None:
         """See `Reporter`."""
-        self._done += n_bytes
+        self._done += n
         if time.monotonic() - self._last >= 1:
             self._last = time.monotonic()
-            self._emit(event="progress", n_done=self._done, n_bytes=self._total)
+            done = round(self._done)
+            self._emit(event="progress", n_done=done, **{f"n_{self._unit}": self._total})
 
     def end(self) -> None:
         """See `Reporter`."""

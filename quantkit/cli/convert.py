@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import default_threads, job_options, mmproj_type
+from quantkit.cli.options import default_threads, importance_options, job_options, mmproj_type
 
 
 @click.command("convert")
@@ -15,8 +15,12 @@ from quantkit.cli.options import default_threads, job_options, mmproj_type
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the files."
 )
+@importance_options
 @click.option(
     "-t", "--threads", type=click.IntRange(min=1), help="Worker threads; default: all cores."
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where to encode: cpu, cuda, cuda:1, ..."
 )
 @click.option("--restart", is_flag=True, help="Discard an unfinished run in the folder.")
 @click.option("--force", is_flag=True, help="Replace finished files of the same names.")
@@ -30,7 +34,9 @@ def convert_command(
     max_shard_size: int,
     max_shard_tensors: int | None,
     output: Path,
+    importance: dict[str, Any],
     threads: int | None,
+    device: str,
     restart: bool,
     force: bool,
     quiet: bool,
@@ -38,7 +44,8 @@ def convert_command(
 ) -> None:
     """Convert the checkpoint in folder MODEL into GGUF files.
 
-    Files get their final names when all of them are complete. An interrupted run leaves
+    A recipe below 3.5 bits wants importance statistics: name an imatrix, or the model is calibrated
+    first. Files get their final names when all of them are complete. An interrupted run leaves
     `.partial` files; the same command continues it and ends in the same bytes.
     """
     from quantkit.cli.console import reporter
@@ -47,8 +54,8 @@ def convert_command(
 
     view = reporter(quiet=quiet, as_json=as_json)
     limits = Limits(max_shard_size, max_shard_tensors)
-    job = Job(model, recipe, limits, name, mmproj_type(mmproj))
-    done = convert(job, Output(output, threads or default_threads(), restart, force), view)
+    job = Job(model, recipe, limits, name, mmproj_type(mmproj), **importance)
+    done = convert(job, Output(output, threads or default_threads(), restart, force, device), view)
     if not quiet and not as_json:
         _tell(done, output)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -58,6 +59,43 @@ def job_options(command: F) -> F:
     return command
 
 
+def importance_options(command: F) -> F:
+    """Where importance statistics come from, collected in `importance`."""
+    options = (
+        click.option(
+            "--imatrix",
+            type=click.Path(path_type=Path),
+            help="Importance statistics, of `quantkit calibrate` or llama-imatrix.",
+        ),
+        click.option(
+            "--corpus",
+            metavar="NAME|FILE",
+            default="core",
+            show_default=True,
+            help="Text to calibrate on where a low-bit recipe comes without an imatrix.",
+        ),
+        click.option(
+            "--calibration-tokens",
+            "budget",
+            type=click.IntRange(min=1),
+            default=32_768,
+            show_default=True,
+            help="How much of it.",
+        ),
+        click.option("--no-imatrix", is_flag=True, help="Do without: all columns count alike."),
+    )
+
+    def prepared(values: dict[str, Any]) -> dict[str, Any]:
+        if values.pop("no_imatrix"):
+            if values["imatrix"] is not None:
+                raise click.UsageError("--imatrix and --no-imatrix exclude each other.")
+            values["corpus"] = None
+        return values
+
+    names = ("imatrix", "corpus", "budget", "no_imatrix")
+    return _collected("importance", names, options, prepared)(command)
+
+
 def mmproj_type(name: str) -> GgmlType | None:
     """The type behind `--mmproj`."""
     return None if name == "none" else GgmlType[name.upper()]
@@ -66,3 +104,105 @@ def mmproj_type(name: str) -> GgmlType | None:
 def default_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reading_options(default: str | None) -> Callable[[F], F]:
+    """What text to run, collected in `reading`; `default` is the corpus where none is named."""
+    options = (
+        click.option(
+            "--corpus",
+            "--text",
+            metavar="NAME|FILE",
+            default=default,
+            show_default=default is not None,
+            help="A shipped corpus, a corpus .yaml, a text or JSONL file, or saved tokens.",
+        ),
+        click.option("--budget", type=click.IntRange(min=1), help="Most tokens to take."),
+        click.option(
+            "-c",
+            "--ctx-size",
+            "n_ctx",
+            type=click.IntRange(min=4),
+            default=512,
+            show_default=True,
+            help="Tokens per chunk.",
+        ),
+        click.option(
+            "--parse-special/--no-parse-special",
+            default=None,
+            help="Whether the text of special tokens means them; default: as the corpus says.",
+        ),
+    )
+    return _collected("reading", ("corpus", "budget", "n_ctx", "parse_special"), options)
+
+
+def running_options(command: F) -> F:
+    """How models are run, collected in `running`, and `threads`."""
+    options = (
+        click.option(
+            "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["f32", "bf16"]),
+            default="f32",
+            show_default=True,
+            help="What products are computed in.",
+        ),
+        click.option(
+            "--activations",
+            type=click.Choice(["llama.cpp", "exact"]),
+            default="llama.cpp",
+            show_default=True,
+            help="Round activations and the cache as llama.cpp's CPU backend does, or not at all.",
+        ),
+        click.option(
+            "--constants",
+            type=click.Choice(["llama.cpp", "config"]),
+            default="llama.cpp",
+            show_default=True,
+            help="Where the two disagree: YaRN's beta_fast and the epsilon of MLA's latents.",
+        ),
+        click.option(
+            "--memory",
+            type=parse_size,
+            metavar="SIZE",
+            default="1GiB",
+            show_default=True,
+            help="For hidden states; what does not fit goes to disk.",
+        ),
+    )
+    names = ("device", "dtype", "activations", "constants", "memory")
+    command = click.option(
+        "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores."
+    )(command)
+    return _collected("running", names, options)(command)
+
+
+def use_threads(n_threads: int) -> None:
+    """Let torch use so many threads, if it is there."""
+    from quantkit.text.extras import require
+
+    require("torch").set_num_threads(n_threads)
+
+
+def _collected(
+    into: str,
+    names: tuple[str, ...],
+    options: tuple[Callable[[F], F], ...],
+    prepared: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Callable[[F], F]:
+    """Options whose values arrive as one dictionary, the argument `into`."""
+
+    def decorate(command: F) -> F:
+        @wraps(command)
+        def collect(*args: Any, **kwargs: Any) -> Any:
+            kwargs[into] = prepared({name: kwargs.pop(name) for name in names})
+            return command(*args, **kwargs)
+
+        decorated: Any = collect
+        for option in reversed(options):
+            decorated = option(decorated)
+        return cast(F, decorated)
+
+    return decorate

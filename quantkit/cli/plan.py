@@ -73,6 +73,9 @@ def _show(decided: Planned, *, with_tensors: bool) -> None:
             continue
         reasons[reason] = reasons.get(reason, 0) + 1
     notes += [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
+    if decided.starved:
+        types = ", ".join(decided.starved)
+        notes.append(f"{types}: convert wants an --imatrix, or calibrates first (see --corpus)")
     notes += [f"run with {item.flag}: {item.reason}" for item in decided.advice]
     for note in notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("convert", "plan", "inspect", "verify", "recipes")
+COMMANDS = ("convert", "plan", "calibrate", "imatrix", "evaluate", "inspect", "verify", "recipes")
 
 
 def modules_after(arguments: list[str]) -> set[str]:

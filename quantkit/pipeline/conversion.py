@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from quantkit.arch.base import Advice, Config, Model
 from quantkit.arch.general import describe_name, general_kvs
 from quantkit.arch.registry import describe_mmproj, describe_text
 from quantkit.arch.vision import has_tower
+from quantkit.pipeline.importance import Importance, load_importance
 from quantkit.plan.build import Limits, TypeChooser, build_plan, file_type
-from quantkit.quantize.codec import How, encodable
-from quantkit.quantize.tiles import encode_tile
+from quantkit.quantize.codec import Codec, How, codec_of, encodable
+from quantkit.quantize.tiles import Encoding, encode_tile
 from quantkit.recipe import Recipe, load_recipe
+from quantkit.run import fs
 from quantkit.run.events import Reporter, files, size
 from quantkit.run.executor import run_threaded
 from quantkit.source.checkpoint import Checkpoint, open_checkpoint
@@ -26,13 +28,20 @@ from quantkit.write.writer import ShardWriter, is_written
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the user asked for. `mmproj` is a type, or None for no vision file."""
+    """What the user asked for. `mmproj` is a type, or None for no vision file.
+
+    `imatrix` is a file of importance statistics. Without one, a low-bit recipe is calibrated first
+    with `budget` tokens of `corpus`, unless that is None.
+    """
 
     model: Path
     recipe: str
     limits: Limits = field(default_factory=Limits)
     name: str | None = None
     mmproj: GgmlType | None = GgmlType.F16
+    imatrix: Path | None = None
+    corpus: str | None = "core"
+    budget: int = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,27 @@ class Planned:
     plans: tuple[Plan, ...]
     advice: tuple[Advice, ...]
     ignored: dict[str, str]
+    importance: Importance | None = None
+
+    @property
+    def starved(self) -> list[str]:
+        """Low-bit types of tensors without statistics: there, which columns count matters most.
+
+        The token embedding is looked up, not multiplied; no statistics are missing for it.
+        """
+        known = self.importance.lookup.covered() if self.importance else ()
+        low = {
+            tensor.type.name
+            for tensor in self.plans[-1].tensors
+            if tensor.type.bpw < _WANTS_IMPORTANCE_BPW
+            and tensor.spec.name not in known
+            and tensor.spec.role != "token_embd"
+        }
+        return sorted(low)
+
+
+# Below this, which weights matter decides the result, and rounding all alike costs much.
+_WANTS_IMPORTANCE_BPW = 3.5
 
 
 @contextmanager
@@ -64,44 +94,73 @@ def planned(job: Job, reporter: Reporter) -> Iterator[tuple[Checkpoint, Planned]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where it goes. `restart` discards an unfinished run, `force` replaces finished files."""
+    """Where it goes. `restart` discards an unfinished run, `force` replaces finished files.
+
+    `device` is where weights are encoded: cpu (numba), or one of torch's, such as cuda.
+    """
 
     folder: Path
     n_threads: int
     restart: bool = False
     force: bool = False
-
-
-# Below this, which weights matter decides the result, and rounding all alike costs much.
-_WANTS_IMPORTANCE_BPW = 3.5
+    device: str = "cpu"
 
 
 def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
     """Convert a checkpoint; every file of it is complete under its final name, or there is none."""
-    with planned(job, reporter) as (checkpoint, decided):
-        low = {t.type.name for t in decided.plans[-1].tensors if t.type.bpw < _WANTS_IMPORTANCE_BPW}
-        if low:
-            reporter.warn(f"{', '.join(sorted(low))} without an imatrix: all columns count alike")
+    with planned(job, reporter) as (checkpoint, first):
+        decided = first
+        if decided.starved and job.imatrix is None and job.corpus is not None:
+            job = replace(job, imatrix=_calibrated(job, decided, output, reporter))
+            decided = _plan(job, checkpoint, decided.recipe)
+        if decided.starved:
+            types = ", ".join(decided.starved)
+            reporter.warn(f"{types} without importance statistics: all columns count alike")
         for plan in decided.plans:
             if is_written(output.folder, plan, force=output.force):
                 reporter.stage("write", f"{plan.stem} is already there, nothing to do")
             else:
-                _write(plan, checkpoint, decided.recipe, output, reporter)
+                _write(plan, checkpoint, decided, output, reporter)
     return decided
+
+
+def _calibrated(job: Job, decided: Planned, output: Output, reporter: Reporter) -> Path:
+    """The imatrix of this model in the output folder, measured now if it is not there yet."""
+    from quantkit.pipeline.calibration import Calibration, calibrate  # noqa: PLC0415 - brings torch
+    from quantkit.pipeline.opening import Reading  # noqa: PLC0415
+
+    corpus = job.corpus or ""
+    types = ", ".join(decided.starved)
+    reporter.warn(f"{types} and no --imatrix: calibrating first, {job.budget:,} tokens of {corpus}")
+    plan = decided.plans[-1]
+    path = output.folder / f"{plan.stem.removesuffix(f'-{plan.recipe_name}')}.imatrix.gguf"
+    fs.make_folder(output.folder)
+    calibrate(Calibration(job.model, Reading(corpus, job.budget)), path, reporter)
+    return path
 
 
 def _plan(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> Planned:
     config = Config(checkpoint.config)
     text = describe_text(config, checkpoint.weights, checkpoint)
+    importance = load_importance(job.imatrix, text.tensors) if job.imatrix else None
     plans = []
     if job.mmproj is not None and has_tower(config, checkpoint.weights):
         vision = describe_mmproj(config, checkpoint.weights, checkpoint)
-        plans.append(_plan_file(job, checkpoint, vision, _mmproj_recipe(job.mmproj), "mmproj"))
-    plans.append(_plan_file(job, checkpoint, text, recipe, "model"))
-    return Planned(recipe, tuple(plans), text.advice, dict(text.ignored))
+        plans.append(
+            _plan_file(job, checkpoint, vision, _mmproj_recipe(job.mmproj), "mmproj", None)
+        )
+    plans.append(_plan_file(job, checkpoint, text, recipe, "model", importance))
+    return Planned(recipe, tuple(plans), text.advice, dict(text.ignored), importance)
 
 
-def _plan_file(job: Job, checkpoint: Checkpoint, model: Model, recipe: Recipe, kind: str) -> Plan:
+def _plan_file(
+    job: Job,
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    kind: str,
+    importance: Importance | None,
+) -> Plan:
     chooser = TypeChooser(recipe, model.tensors, encodable())
     general = general_kvs(
         model.arch,
@@ -117,11 +176,11 @@ def _plan_file(job: Job, checkpoint: Checkpoint, model: Model, recipe: Recipe, k
     return build_plan(
         model.tensors,
         chooser,
-        general | model.kvs,
+        general | model.kvs | (importance.kvs if importance else {}),
         stem=f"{name}-{recipe.name}" if is_model else f"mmproj-{name}-{recipe.name}",
         arch=model.arch,
         recipe_name=recipe.name,
-        source_fingerprint=checkpoint.fingerprint(),
+        source_fingerprint=checkpoint.fingerprint() + (importance.digest if importance else ""),
         limits=job.limits if is_model else Limits(None),
     )
 
@@ -133,20 +192,33 @@ def _mmproj_recipe(type_: GgmlType) -> Recipe:
     return Recipe.model_validate({"name": type_.name, "default": type_, "rules": rules})
 
 
+def _codecs(plan: Plan, device: str) -> Callable[[GgmlType], Codec]:
+    """numba's codecs, or torch's on another device, which is tried before anything is written."""
+    if device == "cpu":
+        return codec_of
+    from quantkit.quantize.torch import torch_codec  # noqa: PLC0415 - brings torch
+
+    codecs = {type_: torch_codec(type_, device) for type_ in {t.type for t in plan.tensors}}
+    return lambda type_: codecs.get(type_) or codec_of(type_)
+
+
 def _write(
     plan: Plan,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    decided: Planned,
     output: Output,
     reporter: Reporter,
 ) -> None:
-    how = How(effort=recipe.effort)
+    recipe, importance = decided.recipe, decided.importance
+    how = How(recipe.effort, recipe.weighting, recipe.gain)
+    lookup = importance.lookup if importance else None
+    encoding = Encoding(how, lookup, _codecs(plan, output.device))
     provenance = Provenance(checkpoint.root.name, checkpoint.fingerprint(), recipe)
     n_inexact = 0
     with ShardWriter(output.folder, plan, restart=output.restart) as writer:
         reporter.begin(plan.stem, plan.n_bytes, writer.n_done_bytes())
         try:
-            work = partial(encode_tile, checkpoint, plan.tensors, how=how)
+            work = partial(encode_tile, checkpoint, plan.tensors, encoding=encoding)
             with closing(run_threaded(work, writer.missing(), output.n_threads)) as tiles:
                 for tile in tiles:
                     writer.write(tile.tensor, tile.tile, tile.data, tile.digest)

@@ -1,0 +1,50 @@
+"""`quantkit calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.cli.options import default_threads, reading_options, running_options
+
+
+@click.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path))
+@reading_options(default="core")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The imatrix, a .gguf file; the tokens are kept beside it.",
+)
+@running_options
+@click.option("--force", is_flag=True, help="Replace an imatrix of the same name.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines on stdout.")
+def calibrate_command(
+    model: Path,
+    output: Path,
+    reading: dict[str, Any],
+    running: dict[str, Any],
+    threads: int | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure which weights of MODEL matter, and write an imatrix.
+
+    MODEL is a checkpoint's folder (or a GGUF file, with tokens saved before). It is streamed layer
+    by layer and expert by expert, so memory does not depend on its size. llama-quantize reads the
+    result as well. An interrupted run continues with the last whole layer.
+    """
+    from quantkit.cli.console import reporter
+    from quantkit.cli.options import use_threads
+    from quantkit.pipeline.calibration import Calibration, calibrate
+    from quantkit.pipeline.opening import Reading, Running
+
+    use_threads(threads or default_threads())
+    job = Calibration(model, Reading(**reading), Running(**running))
+    calibrate(job, output, reporter(quiet=quiet, as_json=as_json), force=force)

@@ -1,0 +1,5 @@
+"""The story, a chapter per job: convert, calibrate, evaluate. Stages meet here and nowhere else."""
+
+from quantkit.pipeline.conversion import Job, Output, Planned, convert, planned
+
+__all__ = ["Job", "Output", "Planned", "convert", "planned"]
