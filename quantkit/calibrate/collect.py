@@ -14,7 +14,7 @@ from quantkit.calibrate.statistics import Statistics, Sums, add
 
 # An expert with fewer tokens of its own also sees a sample of all tokens. Shrinkage gives that
 # sample the weight of some 64 tokens, so beyond this count it would hardly be heard.
-_STARVED = 1024
+_STARVED = 512
 
 _ROWS = 64  # squared at a time on a CPU, so that they stay in the cache
 

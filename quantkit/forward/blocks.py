@@ -15,7 +15,7 @@ from quantkit.forward.hyper import Hyper, Mla, Moe
 from quantkit.forward.matrices import Matrices
 from quantkit.forward.rotary import Angles, rotate
 
-_SCORE_BYTES = 8 << 20  # attention scores at once: what a cache of a CPU about holds
+_SCORE_BYTES = 4 << 20  # attention scores at once: what a cache of a CPU about holds
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from quantkit.forward.rows import Rows
 
 _WORK_BYTES = 384 << 20  # of activations in flight, about
 _LOGIT_BYTES = 32 << 20  # of logits at once, by each model of a comparison
-_PRIOR_TOKENS = 512  # of all tokens, for experts that see few of their own
+_PRIOR_TOKENS = 256  # of all tokens, for experts that see few of their own
 _GAP = 16  # rows of the embedding between two needed ones that are read rather than skipped
 
 _ATTENTION = 0.25  # of a layer's time, for progress only

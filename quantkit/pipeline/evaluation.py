@@ -89,9 +89,10 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
             name = base.name
             if job.reading:
                 cut, text = _read(job, job.reading, base, quants, reporter)
-            if job.asking:  # before the text is run, so that a bad file is told at once
-                settings = job.running.settings(work / "task")
-                tasks = ask(job.asking, base, quants, settings, reporter)
+        stack.enter_context(fs.claimed(work))
+        if job.asking and isinstance(base, Opened):  # first, so that a bad file is told at once
+            settings = job.running.settings(work / "task")
+            tasks = ask(job.asking, base, quants, settings, reporter)
         if text:
             scores, traces = _scores(job, base, quants, cut, work, reporter)
     for folder in (work / "task", work):
@@ -146,7 +147,7 @@ def write_base(job: Evaluation, output: Path, reporter: Reporter) -> None:
         if job.reading is None:
             raise UsageError("there is no text to run")
         cut, _ = _read(job, job.reading, base, (), reporter)
-        with progress_of(cut.size, f"run {base.name}", reporter) as progress:
+        with fs.claimed(work), progress_of(cut.size, f"run {base.name}", reporter) as progress:
             sweep = _save_base(job, base, cut, work, output, progress)
         sweep.clear()
         fs.remove_folder(work)

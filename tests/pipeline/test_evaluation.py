@@ -6,13 +6,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantkit.errors import UsageError
+from quantkit.errors import OutputError, UsageError
 from quantkit.evaluate.logits_file import BaseFile
 from quantkit.evaluate.report import parse_report
 from quantkit.pipeline import Job, Output, convert
 from quantkit.pipeline.evaluation import Evaluation, evaluate, write_base, write_report
 from quantkit.pipeline.opening import Reading, opened, read_tokens
 from quantkit.plan.build import Limits
+from quantkit.run import fs
 from quantkit.run.events import Silent
 from quantkit.text.tokens import chunks
 from tests.pipeline.conftest import FIXTURE
@@ -192,3 +193,8 @@ def test_coverage_of_an_imatrix_is_in_the_report(low_bit, base_file, tmp_path):
     coverage = run(base_file, [low_bit], tmp_path, imatrix=imatrix)["coverage"]
     assert coverage["layers"] == [1, 2, 3]
     assert np.array(coverage["counts"]).shape == (3, 8)
+
+
+def test_a_second_run_in_the_folder_of_one_at_work_is_refused(low_bit, tmp_path):
+    with fs.claimed(tmp_path), pytest.raises(OutputError, match="another run"):
+        run(FIXTURE, [low_bit], tmp_path)
