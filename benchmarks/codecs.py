@@ -3,7 +3,8 @@
     python benchmarks/codecs.py [--types Q4_K,IQ4_NL] [--efforts fast,best] [--json out.json]
 
 Both sides get the same rows and the same importance, in one process and on one thread; they take
-turns, and the best of several runs counts (CPU time, so that other load hardly shows). The error
+turns, and the best of several runs counts (CPU time, so that other load hardly shows). With
+`--threads 2` both get half of the rows on each of two threads, and wall time counts. The error
 is sum w (x - x^)^2 / sum w x^2 with w = importance, or 1 without; `--weighting ggml` lets ours aim
 for llama-quantize's own weights and judges both sides by these. ggml is the faster of the
 libraries that are installed (libggml-python, llama-cpp-python); all make the same bytes. Neither
@@ -17,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.quantize.ggml import ggml_decode, ggml_encode, library_path
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+Encode = Callable[[F32, F32 | None, How], object]
 FIXTURE = Path(__file__).parents[1] / "tests/fixtures/tiny-kimi-k2.5"
 NEEDS_IMPORTANCE = {GgmlType.IQ1_S, GgmlType.IQ2_XXS, GgmlType.IQ2_XS}
 # (c, span; 0 is the row) of llama-quantize's weights q sqrt(c mean(x^2) + x^2).
@@ -128,15 +131,25 @@ def error(x: F32, decoded: F32, w: F64) -> float:
     return float((w * (exact - decoded) ** 2).sum() / (w * exact**2).sum())
 
 
-def alternate(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def threaded(run: Callable[[F32], object], x: F32, n_threads: int) -> Callable[[], object]:
+    """`run` on all rows of `x`, cut into as many parts as there are threads."""
+    if n_threads == 1:
+        return partial(run, x)
+    pool, parts = ThreadPoolExecutor(n_threads), np.array_split(x, n_threads)
+    return lambda: list(pool.map(run, parts))
+
+
+def alternate(
+    runs: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, float]:
     """Best CPU time of each, all taking turns until `seconds` are spent (two turns at least)."""
     best = dict.fromkeys(runs, float("inf"))
     begin, turns = time.perf_counter(), 0
     while turns < 2 or time.perf_counter() - begin < seconds:
         for name, run in runs.items():
-            start = time.thread_time()
+            start = clock()
             run()
-            best[name] = min(best[name], time.thread_time() - start)
+            best[name] = min(best[name], clock() - start)
         turns += 1
     return best
 
@@ -154,6 +167,10 @@ class Result:
     speed: dict[str, float]
 
 
+def _ours(encode: Encode, q: F32 | None, how: How, x: F32) -> object:
+    return encode(x, q, how)
+
+
 def measure(type_: GgmlType, name: str, x: F32, weighted: bool, args: argparse.Namespace) -> Result:
     """Encode `x` by both sides and compare."""
     q = log_normal(x.shape[1]) if weighted else None
@@ -163,17 +180,22 @@ def measure(type_: GgmlType, name: str, x: F32, weighted: bool, args: argparse.N
     libraries = [p for p in ("libggml", "llama_cpp") if library_path(p)]
     efforts: list[Effort] = args.efforts.split(",")
     runs: dict[str, Callable[[], object]] = {
-        p: partial(ggml_encode, x, type_, theirs, p) for p in libraries
+        p: threaded(
+            partial(ggml_encode, type_=type_, importance=theirs, package=p), x, args.threads
+        )
+        for p in libraries
     }
     reference = error(x, ggml_decode(ggml_encode(x, type_, theirs), type_), w)
     errors = {}
     for effort in efforts:
         how = How(effort, args.weighting)
-        runs[effort] = partial(encode, x, q, how)
+        runs[effort] = threaded(partial(_ours, encode, q, how), x, args.threads)
         ours = error(x, ggml_decode(encode(x, q, how), type_), w)
         both_exact = max(ours, reference) < EXACT
         errors[str(effort)] = 1.0 if both_exact else ours / max(reference, EXACT)
-    times = alternate(runs, args.seconds)
+    times = alternate(
+        runs, args.seconds, time.thread_time if args.threads == 1 else time.perf_counter
+    )
     ggml = min(times[p] for p in libraries)
     return Result(
         type_.name,
@@ -222,6 +244,7 @@ def main() -> None:
     parser.add_argument("--efforts", default="fast,default,best")
     parser.add_argument("--weighting", default="importance", choices=["importance", "ggml"])
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="timing per line of the table")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
