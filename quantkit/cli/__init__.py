@@ -53,6 +53,8 @@ def cli() -> None:
     \b
     quantkit plan MODEL --recipe q4_x               what it will be, and how big
     quantkit convert MODEL --recipe q4_x -o out/    make it; run again to continue
+    quantkit calibrate MODEL -o imatrix.gguf        which weights matter
+    quantkit evaluate MODEL out/*.gguf --text FILE  how far the files are from it
     quantkit verify out/MODEL-Q4_X.gguf             check what was written
 
     Exit codes: 0 done, 2 wrong use, 3 damaged source, 4 unsupported model, 5 cannot write,

@@ -89,6 +89,7 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
             name = base.name
             if job.reading:
                 cut, text = _read(job, job.reading, base, quants, reporter)
+        stack.callback(fs.remove_folder, work)  # where it is empty: nothing to be continued
         stack.enter_context(fs.claimed(work))
         if job.asking and isinstance(base, Opened):  # first, so that a bad file is told at once
             settings = job.running.settings(work / "task")

@@ -181,4 +181,4 @@ def _streams(source: Source, where: Path) -> Iterator[Stream]:
     sizes = [max(path.stat().st_size, 1) for path in paths]
     for path, size in zip(paths, sizes, strict=True):
         name = path.relative_to(root).as_posix()
-        yield Stream(name, source, path, source.weight * size / sum(sizes))
+        yield Stream(name, source, path, source.weight * (size / sum(sizes)))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import SourceError, UsageError
@@ -331,6 +331,7 @@ def files_of(sizes: dict[str, list[int]]) -> dict[str, str]:
         min_size=1,
     )
 )
+@example({"a.jsonl": (3.85, [18, 32, 49, 1]), "b.jsonl": (3.85, [1, 1, 22, 50, 25, 1])})
 def test_mixing_gives_every_document_once_and_stays_near_the_weights(
     tmp_path_factory: pytest.TempPathFactory, given_: dict[str, tuple[float, list[int]]]
 ) -> None:
