@@ -21,16 +21,7 @@ from numpy.typing import NDArray
 
 from quantkit.calibrate.imatrix import read_imatrix
 from quantkit.calibrate.statistics import Statistics
-
-# llama.cpp's numbers, `enum llama_ftype`
-PRESETS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
-    "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
-    "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22,
-    "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29,
-    "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38, "Q1_0": 40,
-    "Q2_0": 41,
-}  # fmt: skip
+from quantkit.recipe import FILE_TYPES
 
 _MAX_TEXT = 127  # bytes of a text in llama.cpp's override struct
 
@@ -50,7 +41,7 @@ def quantize(
 ) -> None:
     """Write `out`; raises RuntimeError with llama.cpp's words where it fails."""
     params = api.llama_model_quantize_default_params()
-    params.nthread, params.ftype = n_threads, PRESETS[preset.upper()]
+    params.nthread, params.ftype = n_threads, FILE_TYPES[preset.upper()]
     alive: list[Any] = []  # what the parameters point to
     if imatrix is not None:
         statistics = read_imatrix(imatrix)
@@ -106,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("preset", choices=PRESETS, type=str.upper)
+    parser.add_argument("preset", choices=FILE_TYPES, type=str.upper)
     parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

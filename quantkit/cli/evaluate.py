@@ -102,14 +102,20 @@ def evaluate_command(
     """
     from quantkit.cli.console import reporter
     from quantkit.cli.options import use_threads
-    from quantkit.pipeline.evaluation import Evaluation, evaluate, write_base, write_report
+    from quantkit.pipeline.evaluation import (
+        Evaluation,
+        evaluate,
+        is_base_file,
+        write_base,
+        write_report,
+    )
     from quantkit.pipeline.opening import Reading, Running
     from quantkit.pipeline.tasks import Asking
 
     use_threads(threads or default_threads())
     view = reporter(quiet=quiet or as_json, as_json=False)
     has_text = reading["corpus"] is not None
-    if not has_text and task is None and not _is_tokens_file(model):
+    if not has_text and task is None and not is_base_file(model):
         raise click.UsageError("which text? Give --text FILE, --corpus NAME, or a --task.")
     if task is None and (examples is not None or limit is not None):
         raise click.UsageError("--examples and --limit belong to a --task.")
@@ -153,9 +159,3 @@ def _show(report: dict[str, Any]) -> None:
             click.echo(summary.as_text(quant))
         for task in quant["tasks"]:
             click.echo(choice.as_text(task))
-
-
-def _is_tokens_file(model: Path) -> bool:
-    from quantkit.pipeline.evaluation import is_base_file
-
-    return is_base_file(model)

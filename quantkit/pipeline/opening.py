@@ -13,6 +13,7 @@ import torch
 from quantkit.arch.base import Config
 from quantkit.arch.general import describe_name, general_kvs
 from quantkit.arch.registry import describe_text
+from quantkit.calibrate.statistics import N_CTX
 from quantkit.container.names import escaped, shown
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import UsageError
@@ -29,8 +30,6 @@ from quantkit.types import Kvs
 
 MODEL = "model"
 _KINDS = {"imatrix": "an imatrix", "mmproj": "a vision tower (mmproj)", "adapter": "an adapter"}
-
-N_CTX = 512  # tokens per chunk where nobody says otherwise, as llama.cpp's tools
 
 
 @dataclass(frozen=True)

@@ -62,30 +62,6 @@ def f16_value(typingctx: Any, bits: Any) -> Any:
     return nb.float32(nb.uint16), codegen
 
 
-@kernel
-def block_weights(
-    x: np.ndarray,
-    importance: np.ndarray,
-    weighting: int,
-    c: float,
-    mean_square: float,
-    w: np.ndarray,
-) -> None:
-    """Fill `w` f32[n] with the error weights of `x` f32[n].
-
-    IMPORTANCE: w_i = q_i (the imatrix's mean square; ones where there is none).
-    GGML: w_i = q_i * sqrt(c * mean_square + x_i^2), llama.cpp's empirical form; `c` and the span
-    of `mean_square` differ by type.
-    """
-    if weighting == GGML:
-        floor = np.float32(c * mean_square)
-        for i in range(x.size):
-            w[i] = importance[i] * np.sqrt(floor + x[i] * x[i])
-    else:
-        for i in range(x.size):
-            w[i] = importance[i]
-
-
 def helper(function: F) -> F:
     """Compile a function that only kernels call: it becomes part of their cached code."""
     return nb.njit(
