@@ -18,22 +18,27 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.quantize.codec import Blocks, Codec, How, Importance, Tile
+from quantkit.quantize.layout import rescaled
 from quantkit.types import GgmlType
 
 F32 = npt.NDArray[np.float32]
 
-# Where a super-block's f16 scales lie, by type. IQ1_M's is in pieces.
-_SCALES: dict[GgmlType, tuple[int, ...]] = {
-    GgmlType.Q2_K: (80, 82),
-    GgmlType.IQ1_S: (0,),
-    GgmlType.IQ2_XXS: (0,),
-    GgmlType.IQ2_XS: (0,),
-    GgmlType.IQ2_S: (0,),
-    GgmlType.IQ3_XXS: (0,),
-    GgmlType.IQ3_S: (0,),
-    GgmlType.TQ1_0: (52,),
-    GgmlType.TQ2_0: (64,),
-}
+# Types of few levels under f16 scales: others lose next to nothing.
+_RAISED = frozenset(
+    {
+        GgmlType.Q2_K,
+        GgmlType.IQ1_S,
+        GgmlType.IQ1_M,
+        GgmlType.IQ2_XXS,
+        GgmlType.IQ2_XS,
+        GgmlType.IQ2_S,
+        GgmlType.IQ3_XXS,
+        GgmlType.IQ3_S,
+        GgmlType.TQ1_0,
+        GgmlType.TQ2_0,
+    }
+)
+_MAX_GAMMA = np.float32(2)  # a super-block that lost three quarters of its energy
 
 
 def encode_rows(codec: Codec, x: Tile, importance: Importance | None, how: How) -> Blocks:
@@ -43,25 +48,11 @@ def encode_rows(codec: Codec, x: Tile, importance: Importance | None, how: How) 
     leave f16.
     """
     blocks = codec.encode(x, importance, how)
-    if not how.gain or not (codec.type in _SCALES or codec.type is GgmlType.IQ1_M):
+    if not how.gain or codec.type not in _RAISED:
         return blocks
-    n, n_bytes = codec.type.block_size, codec.type.block_bytes
-    gamma = _gamma(x, codec.decode(blocks), importance, n) ** np.float32(how.gain)
-    raised = blocks.reshape(-1, n_bytes).copy()
-    if codec.type is GgmlType.IQ1_M:
-        pieces = raised[:, 48:56].copy().view("<u2")
-        bits = np.bitwise_or.reduce(pieces >> 12 << _NIBBLES, 1).astype("<u2")
-        bits = _times(bits, gamma)
-        pieces = pieces & 0xFFF | (bits[:, np.newaxis] >> _NIBBLES & 15) << 12
-        raised[:, 48:56] = pieces.astype("<u2").view(np.uint8)
-    for at in _SCALES.get(codec.type, ()):
-        bits = raised[:, at : at + 2].copy().view("<u2")[:, 0]
-        raised[:, at : at + 2] = _times(bits, gamma)[:, np.newaxis].view(np.uint8)
-    return raised.reshape(blocks.shape)
-
-
-_NIBBLES = np.array([0, 4, 8, 12], np.uint16)
-_MAX_GAMMA = np.float32(2)  # a super-block that lost three quarters of its energy
+    n = codec.type.block_size
+    gamma = _gamma(x, codec.decode(blocks), importance, n).reshape(len(x), x.shape[1] // n)
+    return rescaled(codec.type, blocks, gamma ** np.float32(how.gain))
 
 
 def _gamma(x: Tile, decoded: Tile, importance: Importance | None, n: int) -> F32:
@@ -76,11 +67,3 @@ def _energy(x: Tile, importance: Importance | None, n: int) -> npt.NDArray[np.fl
     if importance is not None:
         squares *= importance
     return np.asarray(squares.reshape(-1, n).sum(1))
-
-
-def _times(bits: npt.NDArray[np.uint16], gamma: F32) -> npt.NDArray[np.uint16]:
-    """f16 bits of the scale times gamma; unchanged where that is infinite."""
-    scale = bits.view(np.float16)
-    with np.errstate(over="ignore"):
-        product = (scale.astype(np.float32) * gamma).astype(np.float16)
-    return np.where(np.isfinite(product), product, scale).view(np.uint16)
