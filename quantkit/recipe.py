@@ -27,7 +27,7 @@ from pydantic import (
 
 from quantkit.errors import RecipeError
 from quantkit.run.settings import parse_settings, read_settings
-from quantkit.types import GgmlType, TensorSpec
+from quantkit.types import GgmlType, TensorSpec, WeightFormat
 
 # A pattern gets this long for one name of at most 63 bytes; an honest one takes microseconds.
 _PATTERN_SECONDS = 0.05
@@ -66,6 +66,7 @@ def _text(value: object) -> object:
 
 TypeName = Annotated[GgmlType, BeforeValidator(_type), PlainSerializer(lambda t: t.name)]
 FileType = Annotated[str, BeforeValidator(_file_type)]
+SourceFormat = Annotated[WeightFormat, PlainSerializer(lambda f: f.value)]
 Count = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}\+?$")]
 Portion = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}(/[1-9][0-9]{0,5})?$")]
 
@@ -112,13 +113,15 @@ class Rule(_Strict):
     (`0-3,7`; `-1` counts from the end; `0-1/8` is the first eighth), `tensor` a regular expression
     searched for in the GGUF tensor name, as in llama-quantize's `--tensor-type`.
 
-    `experts`, `gqa` and `n_layers` ask for a number of the model, `8` or `4+`. `first` stops the
-    rule after so many tensors. `otherwise` replaces `type` where rows do not divide into blocks.
+    `source` is how the checkpoint stores all of the tensor (`int4-g32`). `experts`, `gqa` and
+    `n_layers` ask for a number of the model, `8` or `4+`. `first` stops the rule after so many
+    tensors. `otherwise` replaces `type` where rows do not divide into blocks.
     """
 
     role: str | None = None
     layers: Annotated[str, BeforeValidator(_text)] | None = None
     tensor: str | None = None
+    source: SourceFormat | None = None
     experts: Count | None = None
     gqa: Count | None = None
     n_layers: Count | None = None
@@ -176,6 +179,8 @@ class _Bound:
             return False
         if self._layers is not None and tensor.layer not in self._layers:
             return False
+        if rule.source is not None and _formats(tensor) != {rule.source}:
+            return False
         if rule.tensor is None:
             return True
         try:
@@ -189,6 +194,10 @@ class _Bound:
     def _roles(self, tensor: TensorSpec) -> tuple[str, ...]:
         both = self._tied and tensor.role == "token_embd"
         return ("token_embd", "output") if both else (tensor.role,)
+
+
+def _formats(tensor: TensorSpec) -> set[WeightFormat]:
+    return {slab.weight.format for slab in tensor.slabs}
 
 
 class Sampling(_Strict):
@@ -229,6 +238,7 @@ class Recipe(_Strict):
     effort: Literal["fast", "default", "best"] = "default"
     weighting: Literal["importance", "ggml", "blend"] = "blend"
     gain: float = Field(0.75, ge=0, le=1)
+    rounding: Literal["nearest", "feedback"] = "nearest"
     sampling: Sampling = Sampling()
 
     def assign(self, tensors: Sequence[TensorSpec]) -> dict[str, GgmlType]:

@@ -7,7 +7,7 @@ import yaml
 
 from quantkit.errors import RecipeError
 from quantkit.recipe import load_recipe, parse_recipe, shipped_names
-from quantkit.types import GgmlType, TensorSpec
+from quantkit.types import GgmlType, Slab, TensorRef, TensorSpec, Weight, WeightFormat
 
 
 def tensor(
@@ -143,6 +143,29 @@ def test_otherwise_is_the_type_where_rows_do_not_divide(n_cols, given):
     assert type_of(mix, tensor(shape=(64, n_cols))) is GgmlType[given]
 
 
+def stored(*formats: str) -> TensorSpec:
+    """A tensor whose weights the checkpoint stores in these formats."""
+    ref = TensorRef("w", "I32", (8, 256), "model.safetensors", 0, 0)
+    weights = [Weight("w", WeightFormat(name), (8, 256), ref) for name in formats]
+    slabs = tuple(Slab(weight, 0, 8) for weight in weights)
+    shape = (len(slabs), 8, 256)
+    return TensorSpec("blk.1.ffn_up_exps.weight", "routed_expert.up", 1, shape, slabs)
+
+
+@pytest.mark.parametrize(
+    ("formats", "given"),
+    [
+        (["int4-g32", "int4-g32"], "Q4_0"),
+        (["bf16", "bf16"], "Q8_0"),
+        (["int4-g32", "bf16"], "Q8_0"),
+        ([], "Q8_0"),
+    ],
+)
+def test_a_rule_may_ask_how_the_checkpoint_stores_all_of_a_tensor(formats, given):
+    mix = recipe("  - {role: 'routed_expert.*', source: int4-g32, type: Q4_0}")
+    assert type_of(mix, stored(*formats)) is GgmlType[given]
+
+
 def test_types_are_all_that_a_recipe_may_ask_for():
     mix = recipe("  - {layers: 0, type: Q5_K, otherwise: Q4_0}\n  - {layers: 1, type: Q6_K}")
     assert {t.name for t in mix.types()} == {"Q8_0", "Q5_K", "Q4_0", "Q6_K"}
@@ -173,6 +196,7 @@ def test_a_pattern_that_runs_away_is_refused():
         ("name: r\ndefault: Q8_0\nrules: [{layers: 1/8, type: F16}]", "layers should look like"),
         ("name: r\ndefault: Q8_0\nrules: [{layers: 0-1/0, type: F16}]", "layers should look like"),
         ("name: r\ndefault: Q8_0\nrules: [{layers: [0], type: F16}]", "rules.0.layers"),
+        ("name: r\ndefault: Q8_0\nrules: [{source: int3, type: F16}]", "rules.0.source.*int4-g32"),
         ("name: r\ndefault: Q8_0\nrules: [{experts: many, type: F16}]", "rules.0.experts"),
         ("name: r\ndefault: Q8_0\nrules: [{gqa: -4, type: F16}]", "rules.0.gqa"),
         ("name: r\ndefault: Q8_0\nrules: [{n_layers: true, type: F16}]", "rules.0.n_layers"),

@@ -33,7 +33,7 @@ def test_names_and_numbers_are_llama_cpps():
     assert FILE_TYPES == THEIRS | NEWER
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped_names()) - {"q4_x"}))
+@pytest.mark.parametrize("name", [n for n in shipped_names() if not n.startswith(("ud-", "q4_x"))])
 def test_a_preset_declares_its_own_number(name):
     assert declared(load_recipe(name)) == (THEIRS | NEWER)[name.upper()]
 
@@ -42,6 +42,27 @@ def test_a_mix_that_is_no_preset_declares_the_type_of_most_weights():
     mix = "name: r\ndefault: Q8_0\nrules: [{role: dense_ffn.*, type: Q4_0}]"
     assert declared(parse_recipe(mix, where="")) == LlamaFileType.MOSTLY_Q4_0
     assert load_recipe("q4_x").file_type is None
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("ud-tq1_0", "IQ1_S"),
+        ("ud-iq1_s", "IQ1_S"),
+        ("ud-iq1_m", "IQ1_M"),
+        ("ud-iq2_xxs", "IQ2_XXS"),
+        ("ud-iq2_m", "IQ2_M"),
+        ("ud-q2_k_xl", "Q2_K"),
+        ("ud-iq3_xxs", "IQ3_XXS"),
+        ("ud-q3_k_xl", "Q3_K_M"),
+        ("ud-q4_k_xl", "Q4_K_M"),
+        ("ud-q5_k_xl", "Q5_K_M"),
+        ("ud-q6_k_xl", "Q6_K"),
+        ("ud-q8_k_xl", "Q8_0"),
+    ],
+)
+def test_a_dynamic_recipe_declares_the_nearest_preset(name, preset):
+    assert declared(load_recipe(name)) == THEIRS[preset]
 
 
 @pytest.mark.parametrize("type_", sorted(encodable()), ids=lambda t: t.name)
