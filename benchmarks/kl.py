@@ -1,16 +1,22 @@
 """KL divergence of quantkit's files and of llama-quantize's, same types, same imatrix, same text.
 
-    python benchmarks/kl.py MODEL --imatrix imatrix.gguf --text held-out.txt --presets q2_k,iq2_xxs
+    PYTHONPATH=.:scripts python benchmarks/kl.py MODEL --imatrix imatrix.gguf \\
+        --texts prose.txt,code.txt --presets q2_k,my.yaml --variants nearest
 
-MODEL is a checkpoint's folder. Every preset is made twice: by `quantkit convert` and, from an F32
-GGUF, by llama.cpp's own quantiser (llama-cpp-python). All files are scored in one sweep against the
-checkpoint; the table shows both sides and the ratio of mean KLDs.
+MODEL is a checkpoint's folder. Every preset is made by llama.cpp's own quantiser (llama-cpp-python,
+from an F32 GGUF) and by `quantkit convert`, once for each variant of its rounding. A preset is a
+name that both know, or a recipe of one's own, whose types llama.cpp is then told one by one. For
+each text, all files are scored in one sweep against the checkpoint; a table per text shows mean
+KLDs and their ratio to llama.cpp's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +27,137 @@ from quantkit.errors import UsageError
 from quantkit.pipeline import Job, Output, convert
 from quantkit.pipeline.evaluation import Evaluation, evaluate
 from quantkit.pipeline.opening import Reading, Running
+from quantkit.recipe import load_recipe
 from quantkit.run.events import Silent
+from quantkit.types import GgmlType
+
+_LLAMACPP = "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of converting: what it sets of `Job` and of `Output`."""
+
+    job: Mapping[str, Any] = field(default_factory=dict)
+    output: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {"nearest": Variant()}
 
 
 def main() -> None:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    pairs = [_pair(args, preset) for preset in args.presets.split(",")]
-    job = Evaluation(
-        args.model,
-        tuple(path for pair in pairs for path in pair),
-        Reading(args.text, args.budget),
-        Running(),
-        force=True,
-    )
-    report = evaluate(job, args.work / "state", Silent())
-    if args.json:
-        args.json.write_text(json.dumps(report))
-    quants = report["quants"]
-    print(f"{report['text']['n_chunks']} chunks of {report['text']['n_ctx']}, base PPL", end=" ")
-    print(f"{report['base']['ppl']:.4f}\n")
-    print("| preset | bytes | llama.cpp KLD | quantkit KLD | ratio | PPL | top p |")
-    print("|---|---|---|---|---|---|---|")
-    for theirs, ours, preset in zip(
-        quants[::2], quants[1::2], args.presets.split(","), strict=True
-    ):
-        print(_row(preset, theirs, ours))
-
-
-def _row(preset: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    cells = (
-        preset.upper(),
-        f"{theirs['bytes']:,} / {ours['bytes']:,}",
-        f"{theirs['kld_mean']:.5f} ± {theirs['kld_mean_error']:.5f}",
-        f"{ours['kld_mean']:.5f} ± {ours['kld_mean_error']:.5f}",
-        f"{ours['kld_mean'] / theirs['kld_mean']:.3f}",
-        f"{theirs['ppl']:.3f} / {ours['ppl']:.3f}",
-        f"{theirs['same_top_p']:.2f} / {ours['same_top_p']:.2f}",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _pair(args: argparse.Namespace, preset: str) -> tuple[Path, Path]:
-    """llama.cpp's file and ours, of the same types tensor by tensor."""
-    theirs = args.work / f"llamacpp-{preset}.gguf"
-    if not theirs.exists():
-        quantize(
-            _converted(args, "f32", None), theirs, preset, args.imatrix, n_threads=args.threads
+    made = [(preset, *row) for preset in args.presets for row in _files(args, preset)]
+    reports = {}
+    for text in args.texts:
+        job = Evaluation(
+            args.model,
+            tuple(path for _, _, path in made),
+            Reading(text, args.budget),
+            Running(),
+            force=True,
         )
-    ours = _converted(args, preset, args.imatrix)
-    types = [{t.name: t.type for _, t in open_shards(path).tensors()} for path in (theirs, ours)]
-    if types[0] != types[1]:
-        raise UsageError(f"{preset}: the two files do not have the same types")
-    return theirs, ours
+        reports[text] = evaluate(job, args.work / "state", Silent())
+        _print(text, reports[text], [(preset, maker) for preset, maker, _ in made])
+        if args.json:  # after every text: a sweep may take hours
+            args.json.write_text(json.dumps(reports))
 
 
-def _converted(args: argparse.Namespace, recipe: str, imatrix: Path | None) -> Path:
-    job = Job(args.model, recipe, name="quantkit", mmproj=None, imatrix=imatrix, corpus=None)
-    done = convert(job, Output(args.work, args.threads, force=True), Silent())
-    return Path(args.work / done.plans[-1].shards[0].file)
+def _print(text: str, report: dict[str, Any], made: list[tuple[str, str]]) -> None:
+    about = report["text"]
+    print(f"\n{text}: {about['n_chunks']} chunks of {about['n_ctx']}", end=", ")
+    print(f"base PPL {report['base']['ppl']:.4f}\n")
+    print("| preset | by | bytes | mean KLD | to llama.cpp | PPL | same top % |")
+    print("|---|---|---|---|---|---|---|")
+    reference: dict[str, Any] = {}
+    for (preset, maker), quant in zip(made, report["quants"], strict=True):
+        if maker == _LLAMACPP:
+            reference = quant
+        cells = (
+            Path(preset).stem.upper(),
+            maker,
+            f"{quant['bytes']:,}",
+            f"{quant['kld_mean']:.5f} ± {quant['kld_mean_error']:.5f}",
+            f"{quant['kld_mean'] / reference['kld_mean']:.3f}",
+            f"{quant['ppl']:.3f}",
+            f"{quant['same_top_p']:.2f}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _files(args: argparse.Namespace, preset: str) -> list[tuple[str, Path]]:
+    """Who made it and the file: llama.cpp's, then a file of the same types for each variant."""
+    ours = [(name, _converted(args, preset, name)) for name in args.variants]
+    theirs = args.work / f"llamacpp-{Path(preset).stem}.gguf"
+    types = _types(ours[0][1])
+    if not theirs.exists():
+        own = Path(preset).suffix in {".yaml", ".yml"}
+        file_type = load_recipe(preset).file_type
+        if file_type is None:
+            raise UsageError("llama.cpp needs a file_type to start from", where=preset)
+        quantize(
+            _reference(args),
+            theirs,
+            file_type,
+            args.imatrix,
+            n_threads=args.threads,
+            tensor_types={f"^{re.escape(name)}$": to for name, to in types.items()} if own else {},
+        )
+    for maker, path in ((_LLAMACPP, theirs), *ours[1:]):
+        if _types(path) != types:
+            raise UsageError(f"{preset}: {maker}'s file and {ours[0][0]}'s differ in types")
+    return [(_LLAMACPP, theirs), *ours]
+
+
+def _types(path: Path) -> dict[str, GgmlType]:
+    return {tensor.name: tensor.type for _, tensor in open_shards(path).tensors()}
+
+
+def _reference(args: argparse.Namespace) -> Path:
+    """The F32 GGUF that llama.cpp quantises."""
+    job = Job(args.model, "f32", name="reference", mmproj=None, corpus=None)
+    return _convert(args, job, Output(args.work, args.threads))
+
+
+def _converted(args: argparse.Namespace, preset: str, name: str) -> Path:
+    variant = VARIANTS[name]
+    job = Job(
+        args.model,
+        preset,
+        name=f"quantkit-{name}",
+        mmproj=None,
+        imatrix=args.imatrix,
+        corpus=None,
+        **variant.job,
+    )
+    return _convert(args, job, Output(args.work, args.threads, force=True, **variant.output))
+
+
+def _convert(args: argparse.Namespace, job: Job, output: Output) -> Path:
+    return Path(args.work / convert(job, output, Silent()).plans[-1].shards[0].file)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _variants(text: str) -> list[str]:
+    if unknown := set(_names(text)) - VARIANTS.keys():
+        raise argparse.ArgumentTypeError(
+            f"no variant is called {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
+        )
+    return _names(text)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--presets", default="q2_k,iq2_xxs,iq1_m")
-    parser.add_argument("--budget", type=int, help="tokens of the text")
+    parser.add_argument("--texts", type=_names, required=True, metavar="FILE,...")
+    parser.add_argument("--presets", type=_names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
+    parser.add_argument("--variants", type=_variants, default="nearest", metavar="NAME,...")
+    parser.add_argument("--budget", type=int, help="tokens of each text")
     parser.add_argument("--work", type=Path, default=Path("kl-work"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,7 @@
 """Quantise a GGUF file with llama.cpp's own quantiser, as llama-quantize does.
 
     python scripts/llama_quantize.py IN.gguf OUT.gguf IQ2_XXS --imatrix imatrix.gguf
+        [--tensor-type PATTERN=TYPE ...]
 
 Needs llama-cpp-python. What comes out is what quantkit's files of the same preset are compared
 with. Means are made of the imatrix as llama-quantize makes them: f32 division by the count, ones
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from quantkit.calibrate.imatrix import read_imatrix
 from quantkit.calibrate.statistics import Statistics
 from quantkit.recipe import FILE_TYPES
+from quantkit.types import GgmlType
 
 _MAX_TEXT = 127  # bytes of a text in llama.cpp's override struct
 
@@ -37,12 +40,24 @@ def means(statistics: Statistics) -> dict[str, NDArray[np.float32]]:
 
 
 def quantize(
-    source: Path, out: Path, preset: str, imatrix: Path | None = None, *, n_threads: int = 1
+    source: Path,
+    out: Path,
+    preset: str,
+    imatrix: Path | None = None,
+    *,
+    n_threads: int = 1,
+    tensor_types: Mapping[str, GgmlType] | None = None,
 ) -> None:
-    """Write `out`; raises RuntimeError with llama.cpp's words where it fails."""
+    """Write `out`; raises RuntimeError with llama.cpp's words where it fails.
+
+    `tensor_types` overrules the preset by regular expressions searched for in a tensor's name, the
+    first that is found.
+    """
     params = api.llama_model_quantize_default_params()
     params.nthread, params.ftype = n_threads, FILE_TYPES[preset.upper()]
     alive: list[Any] = []  # what the parameters point to
+    if tensor_types:
+        params.tt_overrides = _types(tensor_types, alive)
     if imatrix is not None:
         statistics = read_imatrix(imatrix)
         params.imatrix = _entries(means(statistics), alive)
@@ -73,6 +88,14 @@ def _entries(values: dict[str, NDArray[np.float32]], alive: list[Any]) -> Any:
     return entries
 
 
+def _types(tensor_types: Mapping[str, GgmlType], alive: list[Any]) -> Any:
+    types = (api.llama_model_tensor_override * (len(tensor_types) + 1))()  # the last stays null
+    for override, (pattern, wanted) in zip(types, tensor_types.items(), strict=False):
+        override.pattern, override.type = pattern.encode(), wanted
+    alive.append(types)
+    return types
+
+
 def _overrides(imatrix: Path, statistics: Statistics) -> Any:
     """The metadata that llama-quantize leaves about its imatrix."""
     texts = {"quantize.imatrix.file": str(imatrix)}
@@ -92,6 +115,13 @@ def _overrides(imatrix: Path, statistics: Statistics) -> Any:
     return overrides
 
 
+def _tensor_type(text: str) -> tuple[str, GgmlType]:
+    pattern, _, name = text.rpartition("=")
+    if not pattern or name.upper() not in GgmlType.__members__:
+        raise argparse.ArgumentTypeError(f"{text!r} is no PATTERN=TYPE")
+    return pattern, GgmlType[name.upper()]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -99,9 +129,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("preset", choices=FILE_TYPES, type=str.upper)
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument(
+        "--tensor-type", type=_tensor_type, action="append", default=[], metavar="PATTERN=TYPE"
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    quantize(args.source, args.out, args.preset, args.imatrix, n_threads=args.threads)
+    quantize(
+        args.source,
+        args.out,
+        args.preset,
+        args.imatrix,
+        n_threads=args.threads,
+        tensor_types=dict(args.tensor_type),
+    )
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 
