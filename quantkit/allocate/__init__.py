@@ -1,0 +1,1 @@
+"""Which type every tensor gets, so that a file of a given size loses least."""
