@@ -23,6 +23,7 @@ _COMMANDS = {
         "evaluate_command",
         "Perplexity, KL divergence and answers of GGUF files.",
     ),
+    "guide": ("guide", "guide_command", "Tell how a model runs on a machine, with commands."),
     "inspect": ("inspect", "inspect_command", "List the metadata and tensors of a GGUF file."),
     "verify": ("verify", "verify_command", "Check a GGUF file or shard set, byte by byte."),
     "recipes": ("recipes", "recipes_command", "List the recipes that come with quantkit."),

@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-COMMANDS = ("convert", "plan", "calibrate", "imatrix", "evaluate", "inspect", "verify", "recipes")
+COMMANDS = (
+    "convert",
+    "plan",
+    "calibrate",
+    "imatrix",
+    "evaluate",
+    "guide",
+    "inspect",
+    "verify",
+    "recipes",
+)
 
 
 def modules_after(arguments: list[str]) -> set[str]:

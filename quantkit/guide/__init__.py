@@ -1,0 +1,1 @@
+"""How to run a file: what it needs, what it will be like, and the command lines for it."""
