@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import default_threads, importance_options, job_options, mmproj_type
+from quantkit.cli.options import (
+    Rounding,
+    default_threads,
+    importance_options,
+    job_options,
+    mmproj_type,
+)
 
 
 @click.command("convert")
@@ -29,6 +35,7 @@ from quantkit.cli.options import default_threads, importance_options, job_option
 def convert_command(
     model: Path,
     recipe: str,
+    rounding: Rounding | None,
     name: str | None,
     mmproj: str,
     max_shard_size: int,
@@ -54,7 +61,7 @@ def convert_command(
 
     view = reporter(quiet=quiet, as_json=as_json)
     limits = Limits(max_shard_size, max_shard_tensors)
-    job = Job(model, recipe, limits, name, mmproj_type(mmproj), **importance)
+    job = Job(model, recipe, limits, name, mmproj_type(mmproj), rounding=rounding, **importance)
     done = convert(job, Output(output, threads or default_threads(), restart, force, device), view)
     if not quiet and not as_json:
         _tell(done, output)

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import click
 
 from quantkit.types import GgmlType
 
 F = TypeVar("F", bound=Callable[..., Any])
+Rounding = Literal["nearest", "feedback"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -35,6 +36,12 @@ def job_options(command: F) -> F:
             click.argument("model", type=click.Path(path_type=Path)),
             click.option(
                 "-r", "--recipe", required=True, help="A shipped recipe's name, or a .yaml file."
+            ),
+            click.option(
+                "--rounding",
+                type=click.Choice(["nearest", "feedback"]),
+                help="Overrule the recipe: feedback runs the model on text and rounds each weight "
+                "by its inputs. Slower, lower KL divergence at the same size.",
             ),
             click.option("--name", help="Stem of the file names; default: the model's own name."),
             click.option(
@@ -72,15 +79,13 @@ def importance_options(command: F) -> F:
             metavar="NAME|FILE",
             default="core",
             show_default=True,
-            help="Text to calibrate on where a low-bit recipe comes without an imatrix.",
+            help="Text for rounding with feedback, and where a low-bit recipe has no imatrix.",
         ),
         click.option(
             "--calibration-tokens",
             "budget",
             type=click.IntRange(min=1),
-            default=32_768,
-            show_default=True,
-            help="How much of it.",
+            help="How much of it; default: 131,072 for rounding with feedback, else 32,768.",
         ),
         click.option("--no-imatrix", is_flag=True, help="Do without: all columns count alike."),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quantkit.cli.options import job_options, mmproj_type
+from quantkit.cli.options import Rounding, job_options, mmproj_type
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def plan_command(
     model: Path,
     recipe: str,
+    rounding: Rounding | None,
     name: str | None,
     mmproj: str,
     max_shard_size: int,
@@ -41,7 +42,8 @@ def plan_command(
     from quantkit.run.events import Silent
 
     limits = Limits(max_shard_size, max_shard_tensors)
-    with planned(Job(model, recipe, limits, name, mmproj_type(mmproj)), Silent()) as (_, decided):
+    job = Job(model, recipe, limits, name, mmproj_type(mmproj), rounding=rounding)
+    with planned(job, Silent()) as (_, decided):
         if as_json:
             files = [report.as_json(plan) for plan in decided.plans]
             advice = [{"flag": item.flag, "reason": item.reason} for item in decided.advice]

@@ -140,17 +140,23 @@ def shared_ffn(m: Matrices, layer: int, x: torch.Tensor) -> torch.Tensor:
     return m.swiglu(f"blk.{layer}.ffn", "_shexp", x)
 
 
-def route(m: Matrices, moe: Moe, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen experts i64[n_tok, n_used], ascending, and their weights f32[n_tok, n_used]."""
+def route(
+    m: Matrices, moe: Moe, layer: int, x: torch.Tensor, chosen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts i64[n_tok, n_used], ascending, and their weights f32[n_tok, n_used].
+
+    Given `chosen`, only their weights are computed.
+    """
     name = f"blk.{layer}.ffn_gate_inp.weight"
     _observe(m, (name,), x)
     logits = m.apply(name, x)
     scores = logits.sigmoid() if moe.gating == "sigmoid" else logits.softmax(-1)
-    bias = f"blk.{layer}.exp_probs_b.bias"
-    choice = scores + m.vector(bias) if bias in m else scores
-    if moe.n_groups > 1:
-        choice = _within_groups(choice, moe)
-    chosen = choice.topk(moe.n_used, -1).indices.sort(-1).values
+    if chosen is None:
+        bias = f"blk.{layer}.exp_probs_b.bias"
+        choice = scores + m.vector(bias) if bias in m else scores
+        if moe.n_groups > 1:
+            choice = _within_groups(choice, moe)
+        chosen = choice.topk(moe.n_used, -1).indices.sort(-1).values
     weights = scores.gather(-1, chosen)
     if moe.renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

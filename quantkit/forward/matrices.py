@@ -88,11 +88,12 @@ class Matrices:
     ) -> torch.Tensor:
         """down(silu(gate(x)) * up(x)) of `{prefix}_gate{suffix}.weight` and its siblings."""
         names = (f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight")
-        inner = self.swiglu_inner(prefix, suffix, x, expert)
         down = f"{prefix}_down{suffix}.weight"
+        row, n_rows = (0, 1) if expert is None else (expert, self.weights.shape(down)[0])
         if self.observer:
-            row, n_rows = (0, 1) if expert is None else (expert, self.weights.shape(down)[0])
             self.observer.see(names, x, row, n_rows)
+        inner = self.swiglu_inner(prefix, suffix, x, expert)
+        if self.observer:
             self.observer.see((down,), inner, row, n_rows)
         return self.apply(down, inner, expert)
 

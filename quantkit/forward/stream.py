@@ -70,6 +70,11 @@ class Stream:
         n_pos = max(sequences.lengths, default=0)
         self._turns = angles(hyper.rope, n_pos, divisors, matrices.compute.device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.matrices.compute.device
+
     def embed(self) -> None:
         """Start: rows of the embedding table, of which only the needed ones are read."""
         ids = torch.from_numpy(self.sequences.ids)
@@ -80,7 +85,7 @@ class Stream:
         for begin, end in _ranges(self.sequences.ids):
             rows = torch.from_numpy(table.read("token_embd.weight", begin, end))
             places = torch.nonzero((ids >= begin) & (ids < end)).ravel()
-            for part in places.split(self._n_block):
+            for part in places.split(self.n_block):
                 self.hidden.add(part, rows[ids[part] - begin])
 
     def advance(self, layer: int, progress: Progress = _unheard) -> None:
@@ -88,25 +93,35 @@ class Stream:
 
         Raises `NonFiniteError` where a hidden state overflows.
         """
-        m, hyper, n = self.matrices, self.hyper, max(1, len(self.sequences))
-        weight = m.vector(f"blk.{layer}.attn_norm.weight")
-        for begin, end, lengths in self._whole_sequences():
-            h = self._read(begin, end)
-            x = blocks.rms_norm(h, weight, hyper.eps)
-            h += blocks.attention(m, hyper, layer, x, lengths, self._turns)
-            self.hidden.write(begin, h.cpu())
+        m, n = self.matrices, max(1, len(self.sequences))
+        for begin, end, lengths in self.sequence_blocks():
+            h = self.read(begin, end)
+            self.hidden.write(begin, (h + self.attention(layer, h, lengths)).cpu())
             progress(_ATTENTION * (end - begin) / n)
-        weight = m.vector(f"blk.{layer}.ffn_norm.weight")
         self.routing = None
         if blocks.is_routed(m, layer):
-            self._routed(layer, weight, progress)
+            self._routed(layer, progress)
         else:
-            for begin, end in self._blocks():
-                h = self._read(begin, end)
-                h += blocks.dense_ffn(m, layer, blocks.rms_norm(h, weight, hyper.eps))
-                self.hidden.write(begin, h.cpu())
+            for begin, end in self.token_blocks():
+                h = self.read(begin, end)
+                self.hidden.write(begin, (h + self.dense_ffn(layer, h)).cpu())
                 progress((1 - _ATTENTION) * (end - begin) / n)
-        self._check(layer)
+        self.check(layer)
+
+    def attention(self, layer: int, h: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """What attention adds to the hidden states h f32[n_tok, hidden] of whole sequences."""
+        m = self.matrices
+        x = blocks.rms_norm(h, m.vector(f"blk.{layer}.attn_norm.weight"), self.hyper.eps)
+        return blocks.attention(m, self.hyper, layer, x, lengths, self._turns)
+
+    def dense_ffn(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """What a dense feed-forward adds to the hidden states h f32[n_tok, hidden]."""
+        return blocks.dense_ffn(self.matrices, layer, self.ffn_input(layer, h))
+
+    def ffn_input(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states h f32[n_tok, hidden] as the feed-forward sees them."""
+        weight = self.matrices.vector(f"blk.{layer}.ffn_norm.weight")
+        return blocks.rms_norm(h, weight, self.hyper.eps)
 
     def logits(self, places: npt.NDArray[np.int64]) -> Iterator[tuple[int, torch.Tensor]]:
         """(first token id, logits f32[n, tile]) of the places i64[n], ascending, tile by tile."""
@@ -120,25 +135,24 @@ class Stream:
     def final(self, places: torch.Tensor) -> torch.Tensor:
         """The head's input at the places i64[n], ascending: f32[n, hidden]."""
         m = self.matrices
-        h = self.hidden.take(places).to(m.compute.device)
-        return blocks.rms_norm(h, m.vector("output_norm.weight"), self.hyper.eps)
+        return blocks.rms_norm(self.take(places), m.vector("output_norm.weight"), self.hyper.eps)
 
     def observe_output(self) -> None:
         """Show the head's input of all tokens to the observer."""
         if self.matrices.observer:
-            for begin, end in self._blocks():
+            for begin, end in self.token_blocks():
                 x = self.final(torch.arange(begin, end))
                 self.matrices.observer.see((output_name(self.matrices.weights),), x)
 
-    def _routed(self, layer: int, norm: torch.Tensor, progress: Progress) -> None:
+    def _routed(self, layer: int, progress: Progress) -> None:
         moe, m, out = self.hyper.moe, self.matrices, self._spare
         if moe is None or out is None:
             raise UsageError(f"layer {layer} has experts, the metadata has none")
         routing = np.empty((self.hidden.n_rows, moe.n_used), np.int16)
         gates = torch.empty(self.hidden.n_rows, moe.n_used)
-        for begin, end in self._blocks():
-            h = self._read(begin, end)
-            x = blocks.rms_norm(h, norm, self.hyper.eps)
+        for begin, end in self.token_blocks():
+            h = self.read(begin, end)
+            x = self.ffn_input(layer, h)
             chosen, weights = blocks.route(m, moe, layer, x)
             routing[begin:end] = chosen.cpu().numpy()
             gates[begin:end] = weights.cpu()
@@ -147,7 +161,7 @@ class Stream:
             places, slots = np.nonzero(routing == expert)
             index = torch.from_numpy(places)
             share = gates[index, torch.from_numpy(slots)]
-            self._expert(layer, expert, norm, index, share, out)
+            self._expert(layer, expert, index, share, out)
             progress((1 - _ATTENTION) / moe.n_experts)
         self.hidden, self._spare, self.routing = out, self.hidden, routing
 
@@ -155,35 +169,34 @@ class Stream:
         self,
         layer: int,
         expert: int,
-        norm: torch.Tensor,
         index: torch.Tensor,
         share: torch.Tensor,
         out: Rows,
     ) -> None:
         m, prefix = self.matrices, f"blk.{layer}.ffn"
-        for part, weight in zip(
-            index.split(self._n_block), share.split(self._n_block), strict=True
-        ):
+        for part, weight in zip(index.split(self.n_block), share.split(self.n_block), strict=True):
             if len(part):
-                x = self._normed(part, norm)
+                x = self.ffn_input(layer, self.take(part))
                 y = m.swiglu(prefix, "_exps", x, expert)
                 out.add(part, (y * weight[:, None].to(y.device)).cpu())
         down = f"{prefix}_down_exps.weight"
         if m.observer and m.observer.wants_prior(down, len(index)):
             n = min(_PRIOR_TOKENS, self.hidden.n_rows)
             sample = torch.linspace(0, self.hidden.n_rows - 1, n, dtype=torch.float64).long()
-            inner = m.swiglu_inner(prefix, "_exps", self._normed(sample, norm), expert)
+            x = self.ffn_input(layer, self.take(sample))
+            inner = m.swiglu_inner(prefix, "_exps", x, expert)
             m.observer.see_prior(down, inner, expert, m.weights.shape(down)[0])
 
-    def _normed(self, index: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        h = self.hidden.take(index).to(self.matrices.compute.device)
-        return blocks.rms_norm(h, norm, self.hyper.eps)
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the tokens `index` i64[n], ascending: f32[n, hidden] on the device."""
+        return self.hidden.take(index).to(self.device)
 
-    def _read(self, begin: int, end: int) -> torch.Tensor:
-        return self.hidden.read(begin, end).to(self.matrices.compute.device)
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """Hidden states of the tokens begin .. end, f32[n, hidden] on the device."""
+        return self.hidden.read(begin, end).to(self.device)
 
     @property
-    def _n_block(self) -> int:
+    def n_block(self) -> int:
         """Tokens whose activations fit the working memory."""
         hyper, weights = self.hyper, self.matrices.weights
         widest = max(hyper.n_heads * max(hyper.k_dim, hyper.v_dim), 3 * hyper.hidden)
@@ -192,17 +205,18 @@ class Stream:
                 widest = max(widest, weights.shape(name)[0])
         return max(64, _WORK_BYTES // (4 * 4 * widest))
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
+    def token_blocks(self) -> Iterator[tuple[int, int]]:
+        """Blocks of tokens whose activations fit the working memory."""
         n = self.hidden.n_rows
-        for begin in range(0, n, self._n_block):
-            yield begin, min(begin + self._n_block, n)
+        for begin in range(0, n, self.n_block):
+            yield begin, min(begin + self.n_block, n)
 
-    def _whole_sequences(self) -> Iterator[tuple[int, int, list[int]]]:
+    def sequence_blocks(self) -> Iterator[tuple[int, int, list[int]]]:
         """Blocks of tokens that end where sequences end."""
         begin = end = 0
         lengths: list[int] = []
         for n in self.sequences.lengths:
-            if lengths and end + n - begin > self._n_block:
+            if lengths and end + n - begin > self.n_block:
                 yield begin, end, lengths
                 begin, lengths = end, []
             lengths.append(n)
@@ -210,8 +224,9 @@ class Stream:
         if lengths:
             yield begin, end, lengths
 
-    def _check(self, layer: int) -> None:
-        for begin, end in self._blocks():
+    def check(self, layer: int) -> None:
+        """Raise `NonFiniteError` where a hidden state is no number."""
+        for begin, end in self.token_blocks():
             if not torch.isfinite(self.hidden.read(begin, end).sum(-1)).all():
                 raise NonFiniteError(
                     f"the hidden state after layer {layer} is not finite",

@@ -77,9 +77,10 @@ class Sweep:
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
 
-    def start(self) -> int:
-        """Begin, or take up a saved state. Gives the first layer to do."""
-        layer = self._load()
+    def start(self, at_most: int | None = None) -> int:
+        """Begin, or take up a saved state. Gives the first layer to do, not beyond `at_most`."""
+        n_layers = self.streams[0].hyper.n_layers
+        layer = self._load(n_layers if at_most is None else min(at_most, n_layers))
         if layer == 0:
             for stream in self.streams:
                 stream.embed()
@@ -93,11 +94,18 @@ class Sweep:
         progress: Callable[[float], None],
     ) -> None:
         """All layers from `first` on. `progress` is told parts of a layer of one stream."""
-        n_layers = self.streams[0].hyper.n_layers
-        for layer in range(first, n_layers):
+
+        def advance(layer: int) -> None:
             for stream in self.streams:
                 stream.advance(layer, progress)
             after_layer(layer)
+
+        self.run_layers(first, advance)
+
+    def run_layers(self, first: int, advance: Callable[[int], None]) -> None:
+        """Layers from `first` on, which `advance` passes with all streams."""
+        for layer in range(first, self.streams[0].hyper.n_layers):
+            advance(layer)
             elapsed = time.monotonic() - self._saved_at
             if self._save_seconds <= _SHARE * elapsed:
                 self._save(layer + 1)
@@ -153,13 +161,13 @@ class Sweep:
         n_hidden = sum(s.hidden.n_rows * s.hidden.n_cols for s in self.streams)
         return 4 * n_hidden + sum(array.nbytes for array in self._memory.arrays().values())
 
-    def _load(self) -> int:
+    def _load(self, at_most: int) -> int:
         """Next layer of a saved state of this very sweep, which is then in place; else 0."""
         if self._path is None or not self._path.is_file():
             return 0
         with self._path.open("rb") as file:
             head = file.readline(_MAX_HEAD)
-            layers = range(1, self.streams[0].hyper.n_layers + 1)
+            layers = range(1, at_most + 1)
             layer = next((layer for layer in layers if head == self._head(layer)), 0)
             if layer == 0 or not _is_whole(file, len(head) + self._n_bytes()):
                 return 0

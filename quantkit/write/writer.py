@@ -62,6 +62,11 @@ class ShardWriter:
     ) -> None:
         self.close()
 
+    @property
+    def work(self) -> Path:
+        """Where what else an unfinished run needs may lie; removed when the files are complete."""
+        return self._folder / f".{self.plan.stem}.work"
+
     def missing(self) -> Iterator[tuple[int, int]]:
         """(tensor, tile) of everything that is not written yet, in file order."""
         for number, tensor in enumerate(self.plan.tensors):

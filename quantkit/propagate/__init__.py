@@ -1,0 +1,1 @@
+"""Quantising while the model runs: each layer sees the inputs that the layers before it give."""

@@ -1,0 +1,108 @@
+"""What a weight should aim at when its inputs are no longer what they were.
+
+With inputs x of the full-precision run and x~ of the run so far quantised, and residuals r and r~
+that the weight's output is added to, the least mean square of
+
+    x W' + rho (r - r~) - x~ W*'        (rho only for weights that write the residual)
+
+is at W* = W + [alpha W sum (x - x~) x~' + rho sum (r - r~) x~'] (sum x~ x~' + lambda)^-1, alpha = 1
+(GPTAQ, arXiv 2504.02692, 3; LoaQ, arXiv 2509.06297, for the residual). Fitted on few tokens that
+is worse than nothing. So alpha, rho and lambda are what does best on tokens held back, the two
+strengths in closed form, and nothing is retargeted where even that does not help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from quantkit.propagate.moments import Moments, Sums
+
+Tensor = torch.Tensor
+
+LAMBDAS = (0.02, 0.1, 0.5)  # in units of the mean diagonal
+_N_SAMPLE = 128  # rows that strengths are chosen on
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How strongly a weight follows what its inputs and its residual have become."""
+
+    alpha: float = 0.0
+    rho: float = 0.0
+    ridge: float = 0.0
+    share: float = 0.0  # of the error at held-back tokens that it removes
+
+
+class Retarget:
+    """The new aim of one weight [rows, n] among the matrices of some moments."""
+
+    def __init__(self, moments: Moments, matrix: int, sample: Tensor, sampled: Tensor) -> None:
+        """`sample` f32[k, n] are the weight's rows number `sampled` i64[k]."""
+        fitted, held = moments.fitted().of(matrix), moments.held().of(matrix)
+        self.strengths = Strengths()
+        if fitted.n_tokens and held.n_tokens:
+            options = (_judged(fitted, held, ridge, sample, sampled) for ridge in LAMBDAS)
+            self.strengths = max(options, key=lambda s: s.share)
+        self._steps: list[Tensor] = []
+        if self.strengths.share > 0:
+            sums = moments.all().of(matrix)
+            rights = [sums.drift[0]] + ([] if sums.residual is None else [sums.residual[0]])
+            self._steps = _solved(sums, self.strengths.ridge, rights)
+
+    def __call__(self, w: Tensor, begin: int) -> Tensor:
+        """New rows for rows `begin ..` of the weight, f32[k, n]."""
+        s = self.strengths
+        aim = w
+        if self._steps and s.alpha:
+            aim = aim + s.alpha * (w @ self._steps[0])
+        if len(self._steps) > 1 and s.rho:
+            aim = aim + s.rho * self._steps[1][begin : begin + len(w)]
+        return aim
+
+
+def sampled_rows(n_rows: int) -> Tensor:
+    """Rows that stand for all of a weight's, i64[k]."""
+    return torch.linspace(0, n_rows - 1, min(n_rows, _N_SAMPLE), dtype=torch.float64).long()
+
+
+def _solved(sums: Sums, ridge: float, rights: list[Tensor]) -> list[Tensor]:
+    """Each of f32[k, n] times the inverse of the damped Gram matrix; zeros where it has none."""
+    gram = sums.gram[0].double()
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
+    lower, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        return [torch.zeros_like(right) for right in rights]
+    solved = torch.cholesky_solve(torch.cat(rights).double().T, lower).T.float()
+    ends = np.cumsum([len(right) for right in rights]).tolist()
+    starts = [0, *ends[:-1]]
+    return [solved[a:b].contiguous() for a, b in zip(starts, ends, strict=True)]
+
+
+def _judged(fitted: Sums, held: Sums, ridge: float, sample: Tensor, sampled: Tensor) -> Strengths:
+    """The best strengths for tokens held back, 0 to 1, of what was fitted on the others."""
+    wishes = [sample @ fitted.drift[0]]
+    wanted = sample @ held.drift[0]
+    if fitted.residual is not None and held.residual is not None:
+        wishes.append(fitted.residual[0][sampled])
+        wanted = wanted + held.residual[0][sampled]
+    steps = _solved(fitted, ridge, wishes)
+    gram = held.gram[0]
+    images = [step @ gram for step in steps]
+    a = [[float((i * s).sum(dtype=torch.float64)) for s in steps] for i in images]
+    b = [float((s * wanted).sum(dtype=torch.float64)) for s in steps]
+    chosen = [0.0] * len(steps)
+    for _ in range(50):  # coordinate descent within the box; two unknowns at most
+        for k in range(len(steps)):
+            others = sum(a[k][m] * chosen[m] for m in range(len(steps)) if m != k)
+            if a[k][k] > 0:
+                chosen[k] = min(max((b[k] - others) / a[k][k], 0.0), 1.0)
+    saved = sum(
+        chosen[k] * (2 * b[k] - sum(a[k][m] * chosen[m] for m in range(len(steps))))
+        for k in range(len(steps))
+    )
+    scale = float((sample @ gram * sample).sum(dtype=torch.float64)) or 1.0
+    rho = chosen[1] if len(chosen) > 1 else 0.0
+    return Strengths(chosen[0], rho, ridge, saved / scale)
