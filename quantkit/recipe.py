@@ -224,10 +224,22 @@ class Sampling(_Strict):
         }
 
 
+class FeedbackOptions(_Strict):
+    """How far rounding with feedback goes.
+
+    `passes` go over all codes again after the first; `retarget` lets weights follow what their
+    inputs become as the layers before them are rounded.
+    """
+
+    passes: int = Field(1, ge=0, le=8)
+    retarget: bool = True
+
+
 class Recipe(_Strict):
     """The whole file. `default` is the type of every tensor that no rule names.
 
-    `file_type` is the preset that the file declares as `general.file_type`.
+    `file_type` is the preset that the file declares as `general.file_type`. `predicted_kld` is what
+    `quantkit allocate` expects of it, in nats per token; it is no part of what the recipe means.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -239,7 +251,9 @@ class Recipe(_Strict):
     weighting: Literal["importance", "ggml", "blend"] = "blend"
     gain: float = Field(0.75, ge=0, le=1)
     rounding: Literal["nearest", "feedback"] = "nearest"
+    feedback: FeedbackOptions = FeedbackOptions()
     sampling: Sampling = Sampling()
+    predicted_kld: float | None = Field(None, ge=0, allow_inf_nan=False)
 
     def assign(self, tensors: Sequence[TensorSpec]) -> dict[str, GgmlType]:
         """The type that the recipe asks for, by name, of every tensor that a recipe may change.
@@ -268,8 +282,9 @@ class Recipe(_Strict):
         return self.model_dump(exclude={"description"}, exclude_none=True)
 
     def digest(self) -> str:
-        """sha256 of the canonical form."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        """sha256 of the canonical form, less the prediction."""
+        data = {k: v for k, v in self.canonical().items() if k != "predicted_kld"}
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 

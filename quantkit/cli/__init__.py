@@ -23,6 +23,7 @@ _COMMANDS = {
         "evaluate_command",
         "Perplexity, KL divergence and answers of GGUF files.",
     ),
+    "allocate": ("allocate", "allocate_command", "Find the recipe that loses least at a size."),
     "guide": ("guide", "guide_command", "Tell how a model runs on a machine, with commands."),
     "inspect": ("inspect", "inspect_command", "List the metadata and tensors of a GGUF file."),
     "verify": ("verify", "verify_command", "Check a GGUF file or shard set, byte by byte."),

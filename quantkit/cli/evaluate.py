@@ -152,10 +152,13 @@ def evaluate_command(
 
 def _show(report: dict[str, Any]) -> None:
     from quantkit.evaluate import choice, summary
+    from quantkit.pipeline.evaluation import predicted_kld
 
     for quant in report["quants"]:
         click.echo(f"\n{quant['path']}: {quant['bytes']:,} bytes, {quant['bpw']:.3f} bpw")
         if report["text"] is not None:
             click.echo(summary.as_text(quant))
+            if (expected := predicted_kld(Path(quant["path"]))) is not None:
+                click.echo(f"predicted mean KLD: {expected:.4g}")
         for task in quant["tasks"]:
             click.echo(choice.as_text(task))

@@ -50,10 +50,10 @@ def plan_command(
             data = {"files": files, "advice": advice, "ignored": decided.ignored}
             click.echo(json.dumps(data, indent=1))
             return
-        _show(decided, with_tensors=tensors)
+        _show(decided, job.n_tokens(decided.recipe), with_tensors=tensors)
 
 
-def _show(decided: Planned, *, with_tensors: bool) -> None:
+def _show(decided: Planned, n_tokens: int, *, with_tensors: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -67,7 +67,7 @@ def _show(decided: Planned, *, with_tensors: bool) -> None:
         if with_tensors:
             _show_tensors(console, plan)
     text = decided.plans[-1]
-    _show_work(console, decided)
+    _show_work(console, decided, n_tokens)
     notes = list(substitutions(text))
     reasons: dict[str, int] = {}
     for name, reason in decided.ignored.items():
@@ -147,7 +147,7 @@ def _show_tensors(console: Console, plan: Plan) -> None:
     console.print(table)
 
 
-def _show_work(console: Console, decided: Planned) -> None:
+def _show_work(console: Console, decided: Planned, n_tokens: int) -> None:
     from quantkit.plan.report import work
     from quantkit.run.events import size, weights
 
@@ -160,4 +160,23 @@ def _show_work(console: Console, decided: Planned) -> None:
         f"{weights(total['repack_weights'])} weights are copied bit by bit, "
         f"{weights(total['encode_weights'])} encoded",
         soft_wrap=True,
+    )
+    if decided.by_inputs:
+        console.print(_feedback(decided, n_tokens), soft_wrap=True)
+
+
+def _feedback(decided: Planned, n_tokens: int) -> str:
+    """What rounding with feedback takes here, by the speed of a product of matrices."""
+    from quantkit.cli.options import default_threads
+    from quantkit.plan.rounding import forecast
+    from quantkit.run.events import size, weights
+
+    told = forecast(decided.plans[-1], n_tokens, default_threads())
+    hours = told.seconds / 3600
+    time = f"{hours:,.0f} h" if hours >= 3 else f"{max(1.0, told.seconds / 60):,.0f} min"
+    return (
+        f"feedback: {weights(told.work.n_weights)} weights on {told.n_tokens:,} tokens"
+        f" ({told.n_tokens / max(1, told.work.widest):.0f} per column of the widest input),"
+        f" about {time} on this CPU, {size(told.work.n_bytes)} of memory,"
+        f" {size(told.work.n_token_bytes * told.n_tokens)} for hidden states"
     )

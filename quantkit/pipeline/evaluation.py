@@ -14,7 +14,7 @@ from quantkit.calibrate.imatrix import read_imatrix
 from quantkit.calibrate.statistics import Statistics
 from quantkit.container.names import escaped, parse_shard_file_name, shard_file_name, shown
 from quantkit.container.shardset import open_shards
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.evaluate.compare import Party, Progress, Traces, Windows, compare, save_base
 from quantkit.evaluate.html import report_html
 from quantkit.evaluate.llamacpp import score_with_llamacpp
@@ -35,10 +35,12 @@ from quantkit.pipeline.opening import (
     read_tokens,
 )
 from quantkit.pipeline.tasks import Asking, ask
+from quantkit.recipe import parse_recipe
 from quantkit.run import fs
 from quantkit.run.events import Reporter, files, size
 from quantkit.text.overlap import refuse_overlap
 from quantkit.text.tokens import Ids, TokenSet, chunks, load_tokens
+from quantkit.write.manifest import load_manifest, manifest_path
 
 Engine = Literal["quantkit", "llama.cpp"]
 
@@ -127,6 +129,18 @@ def models_among(paths: Sequence[Path], reporter: Reporter) -> tuple[Path, ...]:
     if n_shards:
         reporter.warn(f"shards of sets that are named already: {files(n_shards)}")
     return tuple(models)
+
+
+def predicted_kld(path: Path) -> float | None:
+    """What `quantkit allocate` expected of a file, from the record of its conversion beside it."""
+    named = parse_shard_file_name(path.name)
+    record = manifest_path(path.parent, named[0] if named else path.stem)
+    if not record.is_file():
+        return None
+    try:
+        return parse_recipe(load_manifest(record).recipe.text, where=str(record)).predicted_kld
+    except QuantkitError:
+        return None
 
 
 def _other(job: Evaluation, is_file: bool) -> str:

@@ -13,6 +13,7 @@ COMMANDS = (
     "calibrate",
     "imatrix",
     "evaluate",
+    "allocate",
     "guide",
     "inspect",
     "verify",
