@@ -1,7 +1,8 @@
 """KL divergence of quantkit's files and of llama-quantize's, same types, same imatrix, same text.
 
     PYTHONPATH=.:scripts python benchmarks/kl.py MODEL --imatrix imatrix.gguf \\
-        --texts prose.txt,code.txt --presets q2_k,my.yaml --variants nearest
+        --texts prose.txt,code.txt --presets q2_k,my.yaml --variants nearest,feedback \\
+        --calibration calibration.txt --calibration-tokens 65536
 
 MODEL is a checkpoint's folder. Every preset is made by llama.cpp's own quantiser (llama-cpp-python,
 from an F32 GGUF) and by `quantkit convert`, once for each variant of its rounding. A preset is a
@@ -15,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from llama_quantize import quantize
 
 from quantkit.container.shardset import open_shards
@@ -34,15 +34,15 @@ from quantkit.types import GgmlType
 _LLAMACPP = "llama.cpp"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way of converting: what it sets of `Job` and of `Output`."""
-
-    job: Mapping[str, Any] = field(default_factory=dict)
-    output: Mapping[str, Any] = field(default_factory=dict)
-
-
-VARIANTS = {"nearest": Variant()}
+# Ways of converting: what they set of a recipe.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "nearest"},
+    "feedback": {"rounding": "feedback"},
+    "no-retarget": {"rounding": "feedback", "feedback": {"retarget": False}},
+    "one-pass": {"rounding": "feedback", "feedback": {"passes": 0}},
+    "one-pass-no-retarget": {"rounding": "feedback", "feedback": {"retarget": False, "passes": 0}},
+    "two-passes": {"rounding": "feedback", "feedback": {"passes": 2}},
+}
 
 
 def main() -> None:
@@ -121,17 +121,19 @@ def _reference(args: argparse.Namespace) -> Path:
 
 
 def _converted(args: argparse.Namespace, preset: str, name: str) -> Path:
-    variant = VARIANTS[name]
+    recipe = args.work / f"{name}-{Path(preset).stem}.yaml"
+    settings = load_recipe(preset).model_dump(mode="json", exclude_none=True) | VARIANTS[name]
+    recipe.write_text(yaml.safe_dump(settings))
     job = Job(
         args.model,
-        preset,
+        str(recipe),
         name=f"quantkit-{name}",
         mmproj=None,
         imatrix=args.imatrix,
-        corpus=None,
-        **variant.job,
+        corpus=args.calibration,
+        budget=args.calibration_tokens,
     )
-    return _convert(args, job, Output(args.work, args.threads, force=True, **variant.output))
+    return _convert(args, job, Output(args.work, args.threads, force=True))
 
 
 def _convert(args: argparse.Namespace, job: Job, output: Output) -> Path:
@@ -157,6 +159,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=_names, required=True, metavar="FILE,...")
     parser.add_argument("--presets", type=_names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
     parser.add_argument("--variants", type=_variants, default="nearest", metavar="NAME,...")
+    parser.add_argument("--calibration", default="core", help="what feedback is run on")
+    parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--budget", type=int, help="tokens of each text")
     parser.add_argument("--work", type=Path, default=Path("kl-work"))
     parser.add_argument("--threads", type=int, default=2)

@@ -1,6 +1,8 @@
 """Peak anonymous memory of a conversion, sampled from /proc: what `RssAnon` reached.
 
-python benchmarks/memory.py MODEL --recipe q4_x [--threads 2]
+python benchmarks/memory.py MODEL --recipe q4_x [--threads 2] [--rounding feedback ...]
+
+What it does not know goes to `quantkit convert`.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--recipe", default="q4_x")
     parser.add_argument("--threads", default="2")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir=options.model.resolve().parent) as out:
         start = time.monotonic()
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "quantkit", "convert", str(options.model)),
                 *("--recipe", options.recipe, "-o", out, "--threads", options.threads, "--quiet"),
+                *more,
             ]
         )
         peak = 0

@@ -153,11 +153,10 @@ def _text(job: Job, recipe: Recipe, output: Output) -> Text:
             "rounding with feedback needs text to run the model on",
             hint="leave out --no-imatrix, or choose --rounding nearest",
         )
-    from quantkit.pipeline.opening import Reading, Running  # noqa: PLC0415 - brings torch
+    from quantkit.pipeline.opening import Running  # noqa: PLC0415 - brings torch
     from quantkit.pipeline.rounding import Text  # noqa: PLC0415
 
-    reading = Reading(job.corpus, job.n_tokens(recipe))
-    return Text.read(job.model, reading, Running(output.device))
+    return Text.read(job.model, job.corpus, job.n_tokens(recipe), Running(output.device))
 
 
 def _calibrated(job: Job, decided: Planned, output: Output, reporter: Reporter) -> Path:
@@ -261,7 +260,7 @@ def _write(
         reporter.begin(plan.stem, plan.n_bytes, writer.n_done_bytes())
         try:
             if text is not None and plan is decided.plans[-1]:
-                text.round(plan, encoding, writer, output.n_threads, reporter)
+                text.round(plan, encoding, recipe.feedback, writer, output.n_threads, reporter)
             work = partial(encode_tile, checkpoint, plan.tensors, encoding=encoding)
             with closing(run_threaded(work, writer.missing(), output.n_threads)) as tiles:
                 for tile in tiles:

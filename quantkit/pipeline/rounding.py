@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.container.kv import string, u32
 from quantkit.evaluate.summary import with_bos
@@ -19,10 +20,11 @@ from quantkit.plan.rounding import rounded_by_inputs
 from quantkit.propagate.quantiser import FeedbackQuantiser, Rounding
 from quantkit.propagate.student import StudentWeights
 from quantkit.propagate.sweep import propagate
-from quantkit.quantize.codec import Blocks
+from quantkit.quantize.codec import Blocks, How
 from quantkit.quantize.feedback import Feedback
 from quantkit.quantize.gain import encode_rows
 from quantkit.quantize.tiles import Encoding
+from quantkit.recipe import FeedbackOptions
 from quantkit.run import fs
 from quantkit.run.events import Reporter
 from quantkit.text.tokens import TokenSet, chunks
@@ -36,14 +38,24 @@ class Text:
 
     model: Path
     tokens: TokenSet
+    n_tokens: int
     n_ctx: int
     running: Running
 
     @classmethod
-    def read(cls, model: Path, reading: Reading, running: Running) -> Text:
-        """Raises what opening a model and reading a text raise."""
+    def read(cls, model: Path, corpus: str, n_tokens: int, running: Running) -> Text:
+        """`n_tokens` from all over a corpus. Raises what opening a model and reading text raise."""
+        saved = corpus.endswith(".safetensors")
+        reading = Reading(corpus, None if saved else n_tokens * _SPREAD)
         with opened(model, running.constants) as described:
-            return cls(model, read_tokens(described, reading), reading.n_ctx, running)
+            tokens = read_tokens(described, reading)
+        return cls(model, tokens, n_tokens, reading.n_ctx, running)
+
+    def _chunks(self) -> npt.NDArray[np.int32]:
+        """Chunks for `n_tokens` from all over the text, whose beginning may be of one kind."""
+        cut = chunks(self.tokens, self.n_ctx)
+        n = max(1, min(len(cut), self.n_tokens // self.n_ctx))
+        return cut[np.arange(n) * len(cut) // n]
 
     @property
     def kvs(self) -> dict[str, Kv]:
@@ -52,13 +64,14 @@ class Text:
             "quantkit.rounding": string("feedback"),
             "quantkit.rounding.dataset": string(self.tokens.name),
             "quantkit.rounding.tokens": string(self.tokens.digest),
-            "quantkit.rounding.n_tokens": u32(len(self.tokens.ids)),
+            "quantkit.rounding.n_tokens": u32(self._chunks().size),
         }
 
     def round(
         self,
         plan: Plan,
         encoding: Encoding,
+        options: FeedbackOptions,
         writer: ShardWriter,
         n_threads: int,
         reporter: Reporter,
@@ -74,17 +87,21 @@ class Text:
             clear_state(writer.work)
             return
         with opened(self.model, self.running.constants) as model, fs.claimed(writer.work):
-            cut = chunks(self.tokens, self.n_ctx)
+            cut = self._chunks()
             tell_text(self.tokens, len(cut), self.n_ctx, reporter)
             n_per_column = cut.size / model.hyper.hidden
             reporter.stage("text", f"{n_per_column:.0f} tokens per column of the hidden state")
             if n_per_column < _ENOUGH:
+                worse = " and below 4 the file may be worse than without feedback"
                 reporter.warn(
-                    f"fewer than {_ENOUGH} tokens per column: rounding leans on them less"
-                    " (--calibration-tokens, --corpus)"
+                    f"fewer than {_ENOUGH} tokens per column: rounding leans on them less,"
+                    f"{worse} (--calibration-tokens, --corpus)"
                 )
             student = StudentWeights(model.weights, partial(_nearest, _planned(plan), encoding))
-            rounding = Rounding(replace(encoding.how, gain=0.0), Feedback(), n_threads=n_threads)
+            # Scales aim at the least error here: what it leaves is small, and feedback sees it.
+            how = How(encoding.how.effort, "importance", 0.0)
+            feedback = Feedback(options.passes)
+            rounding = Rounding(how, feedback, options.retarget, n_threads)
             quantiser = FeedbackQuantiser(
                 model.weights, student, types, encoding.codec_of, rounding, sink.take
             )
@@ -108,6 +125,7 @@ class Text:
 
 
 _ENOUGH = 20  # tokens per column
+_SPREAD = 8  # so many times the text that is wanted is read, to choose from
 
 
 def _tell(quantiser: FeedbackQuantiser, reporter: Reporter) -> None:
@@ -129,7 +147,7 @@ def _nearest(
 ) -> Tile:
     """Rows of a tensor that is rounded without looking at inputs, as they will be decoded."""
     type_ = planned[name].type
-    if type_ is GgmlType.F32:
+    if type_ is GgmlType.F32 or planned[name].repack:
         return rows
     codec = encoding.codec_of(type_)
     importance = encoding.importances.get(name) if encoding.importances else None

@@ -79,8 +79,8 @@ class ExpertLayer:
             pair, moe, layer = self._pair, self._moe, self._layer
             ids, weights = blocks.route(pair.teacher.matrices, moe, layer, x)
             _, theirs = blocks.route(pair.student.matrices, moe, layer, student, ids)
-            chosen.append(ids)
-            gates.append((weights, theirs))
+            chosen.append(ids.cpu())
+            gates.append((weights.cpu(), theirs.cpu()))
         both = [torch.cat([pair[k] for pair in gates]) for k in range(2)]
         return torch.cat(chosen), both
 
@@ -108,13 +108,35 @@ class ExpertLayer:
                 gate = share[1][part].clamp_min(1e-12)
                 r = self._outs[0].take(index) - self._outs[1].take(index)
                 r = r * (gate / squares[part].clamp_min(1e-24))[:, None]
-                wanted = x * (share[0][part] / gate)[:, None]
+                wanted = x * (share[0][part] / gate)[:, None].to(x.device)
                 moments.add(pair.held[index], wanted[:, None], student[:, None], r, gate.square())
+            self._lean(moments, expert, len(places), gates[1])
             self._quantiser.take(names[2], expert, moments, 0)
         for part, both in zip(parts, inner, strict=True):
             for stream, out, x, gate in zip(pair.streams, self._outs, both, share, strict=True):
                 y = stream.matrices.apply(names[2], x, expert)
                 out.add(places[part], (y * gate[part, None].to(y.device)).cpu())
+        for name in names:
+            self._quantiser.forget(name, expert)
+
+    def _lean(self, moments: Moments, expert: int, n_own: int, gates: Tensor) -> None:
+        """Let an expert that saw few tokens lean on what a sample of all would have brought.
+
+        They count as much as `width` tokens of its own, and ask for nothing but what the weights
+        are: hidden units of other experts could not stand in for its own.
+        """
+        if n_own >= _OWN * moments.width:
+            return
+        student, hidden = self._pair.student, self._pair.student.hyper.hidden
+        n_all = len(self._pair.held)
+        n = min(n_all, 2 * moments.width)
+        index = torch.arange(n) * n_all // n
+        x = student.matrices.swiglu_inner(
+            self._prefix, "_exps", student.ffn_input(self._layer, student.take(index)), expert
+        )
+        weight = torch.full((n,), float(gates.square().mean()) * moments.width / n)
+        fitted = torch.zeros(n, dtype=torch.bool)
+        moments.add(fitted, x[:, None], x[:, None], torch.zeros(n, hidden), weight)
 
     def _take_inputs(
         self, names: list[str], expert: int, places: Tensor, gate: Tensor, shared: Moments
@@ -146,16 +168,16 @@ class ExpertLayer:
             if self._quantiser.wants(name):
                 self._quantiser.take(name, 0, shared, 0)
         down = f"{prefix}_down_shexp.weight"
-        parts = self._blocks(self._all())
-        inner = [self._inner("_shexp", index, None) for index in parts]
         if self._quantiser.wants(down):
             rows, width = pair.student.matrices.weights.shape(down)
             moments = Moments(1, width, rows, device=pair.student.device)
-            for index, (x, student) in zip(parts, inner, strict=True):
+            for index in self._blocks(self._all()):
+                x, student = self._inner("_shexp", index, None)
                 r = self._outs[0].take(index) - self._outs[1].take(index)
                 moments.add(pair.held[index], x[:, None], student[:, None], r)
             self._quantiser.take(down, 0, moments, 0)
-        for index, both in zip(parts, inner, strict=True):
+        for index in self._blocks(self._all()):
+            both = self._inner("_shexp", index, None)
             for stream, out, x in zip(pair.streams, self._outs, both, strict=True):
                 out.add(index, stream.matrices.apply(down, x).cpu())
 

@@ -23,6 +23,10 @@ Tensor = torch.Tensor
 # What a part of a layer adds to the tokens begin .. end, whole sequences of some lengths.
 Part = Callable[[Stream, int, int, list[int]], Tensor]
 
+# Beyond so many columns a Gram matrix and its factors would take gigabytes.
+_WIDEST = 8192
+_SUPER = 256
+
 
 class Quantiser(Protocol):
     """Takes weights whose inputs are known."""
@@ -31,7 +35,13 @@ class Quantiser(Protocol):
         """Whether a tensor is rounded by its inputs at all."""
 
     def take(self, name: str, matrix: int, moments: Moments, at: int) -> None:
-        """Quantise matrix `matrix` of a tensor; its inputs are number `at` of the moments."""
+        """Quantise matrix `matrix` of a tensor; its inputs are number `at` of the moments.
+
+        The columns of a very wide matrix lie in several of them, from `at` on.
+        """
+
+    def forget(self, name: str, matrix: int) -> None:
+        """Both runs have passed a matrix, which is not read again."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +145,13 @@ def _add(
 ) -> None:
     """Add a block's inputs to the moments of the tensors that `name` is the first of."""
     shape = pair.student.matrices.weights.shape(name)
-    n_matrices = shape[0] if len(shape) == 3 else 1
+    n_matrices = shape[0] if len(shape) == 3 else column_parts(shape[-1])
+    if len(shape) == 2 and n_matrices > 1:
+        residual = None  # each of the parts would make good all of it
     if name not in moments:
         n_out = 0 if residual is None else shape[-2]
-        moments[name] = Moments(n_matrices, shape[-1], n_out, device=x.device)
+        n = shape[-1] if len(shape) == 3 else shape[-1] // n_matrices
+        moments[name] = Moments(n_matrices, n, n_out, device=x.device)
     parts = (len(x), n_matrices, -1)
     moments[name].add(pair.held[tokens], x.view(parts), student.view(parts), residual)
 
@@ -149,6 +162,16 @@ def _take(pair: Pair, quantiser: Quantiser, stage: Stage, moments: dict[str, Mom
             shape = pair.student.matrices.weights.shape(name)
             for matrix in range(shape[0] if len(shape) == 3 else 1):
                 quantiser.take(name, matrix, moments[names[0]], matrix)
+
+
+def column_parts(n: int) -> int:
+    """Into how many equal parts the columns of a matrix are taken, each by itself."""
+    parts = 1
+    while n // parts > _WIDEST or n % (parts * _SUPER):
+        parts += 1
+        if parts * _SUPER > n:
+            return 1
+    return parts
 
 
 class _ReachedError(Exception):

@@ -64,6 +64,11 @@ class Moments:
         self._writes = n_out > 0
 
     @property
+    def width(self) -> int:
+        """Columns of each matrix."""
+        return int(self._folds[0][0].shape[-1])
+
+    @property
     def device(self) -> torch.device:
         """Where the sums are."""
         return self._folds[0][0].device

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from quantkit.forward.weights import Weights
 from quantkit.propagate.moments import Moments
-from quantkit.propagate.retarget import Retarget, Strengths, sampled_rows
+from quantkit.propagate.retarget import Folds, Retarget, Strengths, sampled_rows
 from quantkit.propagate.student import StudentWeights
 from quantkit.quantize.codec import Blocks, Codec, How
 from quantkit.quantize.feedback import Feedback, Metric, encode_with_feedback
@@ -21,6 +22,9 @@ _AT_ONCE = 32 << 20  # weights of a matrix in memory at a time
 # Gram matrices of few tokens are trusted less: below 20 tokens per column damping grows.
 _DAMPING = 0.01
 _ENOUGH = 20
+
+# Nothing to round here, but such weights can follow their inputs as well.
+EXACT = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 Sink = Callable[[str, int, Blocks], None]
 
@@ -53,8 +57,10 @@ class FeedbackQuantiser:
     ) -> None:
         self._teacher, self._student, self._types = teacher, student, types
         self._codec_of, self._rounding, self._sink = codec_of, rounding, sink
-        self._last: tuple[Moments, int, Metric] | None = None
-        self.strengths: dict[tuple[str, int], Strengths] = {}
+        # Of every moments in use, for experts alternate between what they share and their own.
+        self._metrics: WeakKeyDictionary[Moments, tuple[int, Metric]] = WeakKeyDictionary()
+        self._solvers: WeakKeyDictionary[Moments, tuple[int, Folds]] = WeakKeyDictionary()
+        self.strengths: dict[tuple[str, int, int], Strengths] = {}
 
     def wants(self, name: str) -> bool:
         """See `Quantiser`."""
@@ -63,35 +69,55 @@ class FeedbackQuantiser:
     def take(self, name: str, matrix: int, moments: Moments, at: int) -> None:
         """See `Quantiser`."""
         rows, n = self._teacher.shape(name)[-2:]
-        codec, metric = self._codec_of(self._types[name]), self._metric(moments, at)
-        aim = self._retarget(name, matrix, moments, at)
+        width = moments.width
         step = max(1, _AT_ONCE // n)
-        done = []
-        for begin in range(0, rows, step):
-            w = self._rows(name, matrix, begin, min(begin + step, rows))
-            if aim is not None:
-                w = aim(w.to(moments.device), begin).cpu()
-            x = np.ascontiguousarray(w.numpy())
-            r = self._rounding
-            done.append(encode_with_feedback(codec, x, metric, r.how, r.feedback, r.n_threads))
-        blocks = np.concatenate(done)
+        parts = []
+        for k in range(n // width):
+            columns = slice(k * width, (k + 1) * width)
+            aim = self._retarget(name, matrix, moments, at + k, columns)
+            done = []
+            for begin in range(0, rows, step):
+                w = self._rows(name, matrix, begin, min(begin + step, rows))[:, columns]
+                if aim is not None:
+                    w = aim(w.to(moments.device), begin).cpu()
+                done.append(self._encoded(name, w, moments, at + k))
+            parts.append(np.concatenate(done))
+        blocks = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
         self._sink(name, matrix, blocks)
-        self._student.put(name, matrix, codec.type, blocks)
+        self._student.put(name, matrix, self._types[name], blocks)
+
+    def _encoded(self, name: str, w: torch.Tensor, moments: Moments, at: int) -> Blocks:
+        codec, r = self._codec_of(self._types[name]), self._rounding
+        x = np.ascontiguousarray(w.numpy())
+        if codec.type in EXACT:
+            return codec.encode(x, None, r.how)
+        metric = self._metric(moments, at)
+        return encode_with_feedback(codec, x, metric, r.how, r.feedback, r.n_threads)
+
+    def forget(self, name: str, matrix: int) -> None:
+        """See `Quantiser`."""
+        self._student.forget(name, matrix)
 
     def _rows(self, name: str, matrix: int, begin: int, end: int) -> torch.Tensor:
         first = matrix * self._teacher.shape(name)[-2]
         return torch.from_numpy(self._teacher.read(name, first + begin, first + end))
 
     def _metric(self, moments: Moments, at: int) -> Metric:
-        if self._last is None or self._last[0] is not moments or self._last[1] != at:
+        number, metric = self._metrics.get(moments, (None, None))
+        if metric is None or number != at:
             sums = moments.all().of(at)
             gram = sums.gram[0].cpu() / max(float(sums.weight[0]), 1e-30)
             n_tok = max(1, sums.n_tokens)
-            damping = _DAMPING * max(1.0, _ENOUGH * len(gram) / n_tok)
-            self._last = moments, at, Metric(gram, damping)
-        return self._last[2]
+            # Within the matrix itself, so that the search for scales trusts few tokens no more.
+            extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / n_tok - 1)
+            gram.diagonal().add_(extra * gram.diagonal().mean())
+            metric = Metric(gram, _DAMPING)
+            self._metrics[moments] = at, metric
+        return metric
 
-    def _retarget(self, name: str, matrix: int, moments: Moments, at: int) -> Retarget | None:
+    def _retarget(
+        self, name: str, matrix: int, moments: Moments, at: int, columns: slice
+    ) -> Retarget | None:
         if not self._rounding.retargets:
             return None
         n_rows, n = self._teacher.shape(name)[-2:]
@@ -100,6 +126,13 @@ class FeedbackQuantiser:
             rows = self._rows(name, matrix, 0, n_rows)[sampled]
         else:
             rows = torch.cat([self._rows(name, matrix, k, k + 1) for k in sampled.tolist()])
-        aim = Retarget(moments, at, rows.to(moments.device), sampled)
-        self.strengths[name, matrix] = aim.strengths
+        aim = Retarget(self._folds(moments, at), rows[:, columns].to(moments.device), sampled)
+        self.strengths[name, matrix, columns.start] = aim.strengths
         return aim
+
+    def _folds(self, moments: Moments, at: int) -> Folds:
+        number, folds = self._solvers.get(moments, (None, None))
+        if folds is None or number != at:
+            folds = Folds(moments, at)
+            self._solvers[moments] = at, folds
+        return folds

@@ -36,31 +36,60 @@ class Strengths:
     share: float = 0.0  # of the error at held-back tokens that it removes
 
 
-class Retarget:
-    """The new aim of one weight [rows, n] among the matrices of some moments."""
+class Solver:
+    """Least squares over some sums; what weights with the same inputs share is solved once."""
 
-    def __init__(self, moments: Moments, matrix: int, sample: Tensor, sampled: Tensor) -> None:
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
+        self._drifts: dict[float, Tensor] = {}
+
+    def drift(self, ridge: float) -> Tensor:
+        """sum (x - x~) x~' (sum x~ x~' + lambda)^-1, f32[n, n]."""
+        if ridge not in self._drifts:
+            (self._drifts[ridge],) = _solved(self.sums, ridge, [self.sums.drift[0]])
+        return self._drifts[ridge]
+
+    def steps(self, ridge: float, rows: Tensor, numbers: Tensor) -> list[Tensor]:
+        """What alpha and, for writers, rho stand before: f32[k, n] each, of rows `numbers`."""
+        residual = self.sums.residual
+        if residual is None:
+            return [rows @ self.drift(ridge)]
+        return _solved(self.sums, ridge, [rows @ self.sums.drift[0], residual[0][numbers]])
+
+    def wanted(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """What both together should add to the outputs, in moments with x~: f32[k, n]."""
+        wanted = rows @ self.sums.drift[0]
+        return wanted if self.sums.residual is None else wanted + self.sums.residual[0][numbers]
+
+
+class Folds:
+    """Solvers for one of the matrices of some moments: fitted, held back, and both together."""
+
+    def __init__(self, moments: Moments, matrix: int) -> None:
+        self.fitted = Solver(moments.fitted().of(matrix))
+        self.held = Solver(moments.held().of(matrix))
+        self.all = Solver(moments.all().of(matrix))
+
+
+class Retarget:
+    """The new aim of one weight [rows, n]."""
+
+    def __init__(self, folds: Folds, sample: Tensor, sampled: Tensor) -> None:
         """`sample` f32[k, n] are the weight's rows number `sampled` i64[k]."""
-        fitted, held = moments.fitted().of(matrix), moments.held().of(matrix)
-        self.strengths = Strengths()
-        if fitted.n_tokens and held.n_tokens:
-            options = (_judged(fitted, held, ridge, sample, sampled) for ridge in LAMBDAS)
+        self._solver, self.strengths = folds.all, Strengths()
+        if folds.fitted.sums.n_tokens and folds.held.sums.n_tokens:
+            options = (_judged(folds, ridge, sample, sampled) for ridge in LAMBDAS)
             self.strengths = max(options, key=lambda s: s.share)
-        self._steps: list[Tensor] = []
-        if self.strengths.share > 0:
-            sums = moments.all().of(matrix)
-            rights = [sums.drift[0]] + ([] if sums.residual is None else [sums.residual[0]])
-            self._steps = _solved(sums, self.strengths.ridge, rights)
 
     def __call__(self, w: Tensor, begin: int) -> Tensor:
         """New rows for rows `begin ..` of the weight, f32[k, n]."""
         s = self.strengths
-        aim = w
-        if self._steps and s.alpha:
-            aim = aim + s.alpha * (w @ self._steps[0])
-        if len(self._steps) > 1 and s.rho:
-            aim = aim + s.rho * self._steps[1][begin : begin + len(w)]
-        return aim
+        if s.share <= 0:
+            return w
+        steps = self._solver.steps(s.ridge, w, torch.arange(begin, begin + len(w)))
+        for strength, step in zip((s.alpha, s.rho), steps, strict=False):
+            w = w + strength * step
+        return w
 
 
 def sampled_rows(n_rows: int) -> Tensor:
@@ -81,15 +110,11 @@ def _solved(sums: Sums, ridge: float, rights: list[Tensor]) -> list[Tensor]:
     return [solved[a:b].contiguous() for a, b in zip(starts, ends, strict=True)]
 
 
-def _judged(fitted: Sums, held: Sums, ridge: float, sample: Tensor, sampled: Tensor) -> Strengths:
+def _judged(folds: Folds, ridge: float, sample: Tensor, sampled: Tensor) -> Strengths:
     """The best strengths for tokens held back, 0 to 1, of what was fitted on the others."""
-    wishes = [sample @ fitted.drift[0]]
-    wanted = sample @ held.drift[0]
-    if fitted.residual is not None and held.residual is not None:
-        wishes.append(fitted.residual[0][sampled])
-        wanted = wanted + held.residual[0][sampled]
-    steps = _solved(fitted, ridge, wishes)
-    gram = held.gram[0]
+    steps = folds.fitted.steps(ridge, sample, sampled)
+    wanted = folds.held.wanted(sample, sampled)
+    gram = folds.held.sums.gram[0]
     images = [step @ gram for step in steps]
     a = [[float((i * s).sum(dtype=torch.float64)) for s in steps] for i in images]
     b = [float((s * wanted).sum(dtype=torch.float64)) for s in steps]

@@ -16,14 +16,13 @@ Nearest = Callable[[str, Tile, int], Tile]
 class StudentWeights:
     """`Weights` over another model's: rows that were put here decode, others are the teacher's.
 
-    `nearest(name, rows f32, begin)` gives what becomes of rows of tensors that are rounded without
+    `nearest(name, rows f32, matrix)` gives what becomes of rows of tensors that are rounded without
     looking at inputs, or the rows themselves.
     """
 
     def __init__(self, teacher: Weights, nearest: Nearest) -> None:
         self._teacher, self._nearest = teacher, nearest
         self._blocks: dict[tuple[str, int], tuple[GgmlType, Blocks]] = {}
-        self._tiles: dict[tuple[str, int], Tile] = {}
 
     @property
     def kvs(self) -> Mapping[str, Kv]:
@@ -56,10 +55,6 @@ class StudentWeights:
         """A whole matrix of a tensor is done."""
         self._blocks[name, matrix] = type_, blocks
 
-    def put_rows(self, name: str, rows: Tile) -> None:
-        """A tensor of one matrix that stays exact has new values."""
-        self._tiles[name, 0] = rows
-
     def forget(self, name: str, matrix: int) -> None:
         """A matrix is not needed any more."""
         self._blocks.pop((name, matrix), None)
@@ -67,15 +62,12 @@ class StudentWeights:
     def clear(self) -> None:
         """Nothing of what was put is needed any more."""
         self._blocks.clear()
-        self._tiles.clear()
 
     def _matrix_rows(self, name: str) -> int:
         shape = self.shape(name)
         return 1 if len(shape) == 1 else shape[-2]
 
     def _read(self, name: str, matrix: int, first: int, last: int) -> Tile:
-        if (name, matrix) in self._tiles:
-            return self._tiles[name, matrix][first:last]
         if (name, matrix) in self._blocks:
             type_, blocks = self._blocks[name, matrix]
             return codec_of(type_).decode(blocks[first:last])
