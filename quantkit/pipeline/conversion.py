@@ -24,6 +24,7 @@ from quantkit.run import fs
 from quantkit.run.events import Reporter, files, size
 from quantkit.run.executor import run_threaded
 from quantkit.source.checkpoint import Checkpoint, open_checkpoint
+from quantkit.text.extras import require
 from quantkit.types import GgmlType, Kv, Plan
 from quantkit.write.record import Provenance
 from quantkit.write.writer import ShardWriter, is_written
@@ -153,6 +154,7 @@ def _text(job: Job, recipe: Recipe, output: Output) -> Text:
             "rounding with feedback needs text to run the model on",
             hint="leave out --no-imatrix, or choose --rounding nearest",
         )
+    require("torch")
     from quantkit.pipeline.opening import Running  # noqa: PLC0415 - brings torch
     from quantkit.pipeline.rounding import Text  # noqa: PLC0415
 
@@ -161,6 +163,7 @@ def _text(job: Job, recipe: Recipe, output: Output) -> Text:
 
 def _calibrated(job: Job, decided: Planned, output: Output, reporter: Reporter) -> Path:
     """The imatrix of this model in the output folder, measured now if it is not there yet."""
+    require("torch")
     from quantkit.pipeline.calibration import Calibration, calibrate  # noqa: PLC0415 - brings torch
     from quantkit.pipeline.opening import Reading  # noqa: PLC0415
 
