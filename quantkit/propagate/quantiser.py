@@ -106,7 +106,9 @@ class FeedbackQuantiser:
         number, metric = self._metrics.get(moments, (None, None))
         if metric is None or number != at:
             sums = moments.all().of(at)
-            gram = sums.gram[0].cpu() / max(float(sums.weight[0]), 1e-30)
+            gram = sums.gram[0] / max(float(sums.weight[0]), 1e-30)
+            if not gram.is_cuda:  # of torch's devices the others may have no f64
+                gram = gram.cpu()
             n_tok = max(1, sums.n_tokens)
             # Within the matrix itself, so that the search for scales trusts few tokens no more.
             extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / n_tok - 1)

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.quantize.kernels._common import helper, kernel
-from quantkit.quantize.kernels._scales import LANE, LANES, LOWEST, take
+from quantkit.quantize.kernels._scales import LANE, LANES, take
+from quantkit.quantize.kernels._scan import first_lane, scan4, scan8, scan_shifts
 from quantkit.quantize.kernels._simd import (
     fma,
     lane,
-    largest,
     load8,
-    mask_bits,
     maximum,
     minimum,
     select,
@@ -34,102 +33,6 @@ _TWO = np.float32(2.0)
 _EIGHTH = np.float32(0.125)
 _MOST = np.float32(3e38)
 _FAR = np.float32(1e4)  # in units of a scale: beyond every level of every codebook
-
-
-@helper
-def _scan8(b: np.ndarray, levels: np.ndarray, a: np.ndarray, odd: bool, found: np.ndarray) -> None:
-    """found[..8]: of every eighth entry the one of largest b . level - a.
-
-    With `odd`, an entry pays for its cheapest wrong sign.
-    """
-    n = levels.size // 8
-    b0, b1, b2, b3, b4, b5, b6, b7 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]
-    top = splat8(LOWEST)
-    entry = load8(LANE, 0)
-    where = entry
-    for i in range(0, n, LANES):
-        p0, p1 = load8(levels, i) * b0, load8(levels, i + n) * b1
-        if odd:
-            p2, p3 = load8(levels, i + 2 * n) * b2, load8(levels, i + 3 * n) * b3
-            p4, p5 = load8(levels, i + 4 * n) * b4, load8(levels, i + 5 * n) * b5
-            p6, p7 = load8(levels, i + 6 * n) * b6, load8(levels, i + 7 * n) * b7
-            v = ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7)) - load8(a, i)
-            least = minimum(minimum(p0, p1), minimum(p2, p3))
-            least = minimum(least, minimum(minimum(p4, p5), minimum(p6, p7)))
-            v = fma(least, -_TWO, v)
-        else:
-            v = p0 - load8(a, i)
-            p1 = fma(load8(levels, i + 2 * n), b2, p1)
-            v = fma(load8(levels, i + 3 * n), b3, v)
-            p1 = fma(load8(levels, i + 4 * n), b4, p1)
-            v = fma(load8(levels, i + 5 * n), b5, v)
-            p1 = fma(load8(levels, i + 6 * n), b6, p1)
-            v = fma(load8(levels, i + 7 * n), b7, v) + p1
-        where = select(v > top, entry, where)
-        top = maximum(v, top)
-        entry = entry + np.int32(LANES)
-    store(found, 0, where)
-
-
-@helper
-def _scan_shifts(b: np.ndarray, levels: np.ndarray, a: np.ndarray, found: np.ndarray) -> None:
-    """`_scan8` for both shifts at once, by the two halves of `a` into the two of `found`."""
-    n = levels.size // 8
-    b0, b1, b2, b3, b4, b5, b6, b7 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]
-    top = splat8(LOWEST)
-    below = top
-    entry = load8(LANE, 0)
-    where, there = entry, entry
-    for i in range(0, n, LANES):
-        v, w = load8(levels, i) * b0, load8(levels, i + n) * b1
-        v = fma(load8(levels, i + 2 * n), b2, v)
-        w = fma(load8(levels, i + 3 * n), b3, w)
-        v = fma(load8(levels, i + 4 * n), b4, v)
-        w = fma(load8(levels, i + 5 * n), b5, w)
-        v = fma(load8(levels, i + 6 * n), b6, v)
-        v = v + fma(load8(levels, i + 7 * n), b7, w)
-        w = v - load8(a, n + i)
-        v = v - load8(a, i)
-        where = select(v > top, entry, where)
-        top = maximum(v, top)
-        there = select(w > below, entry, there)
-        below = maximum(w, below)
-        entry = entry + np.int32(LANES)
-    store(found, 0, where)
-    store(found, 8, there)
-
-
-@helper
-def _scan4(b: np.ndarray, at: int, levels: np.ndarray, a: np.ndarray, found: np.ndarray) -> None:
-    """Entries of four places of largest b . level - a, without and with a wrong sign."""
-    n = levels.size // 4
-    b0, b1, b2, b3 = b[at], b[at + 1], b[at + 2], b[at + 3]
-    top = splat8(LOWEST)
-    paid = top
-    entry = load8(LANE, 0)
-    where, there = entry, entry
-    for i in range(0, n, LANES):
-        p0, p1 = load8(levels, i) * b0, load8(levels, i + n) * b1
-        p2, p3 = load8(levels, i + 2 * n) * b2, load8(levels, i + 3 * n) * b3
-        v = (p0 + p1) + (p2 + p3) - load8(a, at // 4 * n + i)
-        w = fma(minimum(minimum(p0, p1), minimum(p2, p3)), -_TWO, v)
-        where = select(v > top, entry, where)
-        top = maximum(v, top)
-        there = select(w > paid, entry, there)
-        paid = maximum(w, paid)
-        entry = entry + np.int32(LANES)
-    found[0] = lane(where, _first(top))
-    found[1] = lane(there, _first(paid))
-
-
-@helper
-def _first(v: Any) -> int:
-    """The first lane that holds the largest value; the last for NaN."""
-    bits = mask_bits(v == largest(v))
-    i = 0
-    while i < LANES - 1 and not (bits >> i) & 1:
-        i += 1
-    return i
 
 
 @helper
@@ -171,7 +74,7 @@ def _flip(
         v = select(load8(LANE, 0) == np.int32(j), splat8(_MOST), both) if even else alone
         other = select(v < least, splat8(np.int32(j)), other)
         least = minimum(v, least)
-    i = _first(splat8(_ZERO) - least)
+    i = first_lane(splat8(_ZERO) - least)
     j = lane(other, i)
     if j < 0:
         return False
@@ -229,7 +132,7 @@ def _best8(
             part = fma(load8(tile, LANES * i), metric[first + GROUP * j + i], part)
         store(tile, LANES * j, d)
         cost = fma(d, part, cost)
-    i = _first(splat8(_ZERO) - cost)
+    i = first_lane(splat8(_ZERO) - cost)
     return _TWO * lane(cost, i), lane(entry, i)
 
 
@@ -259,9 +162,9 @@ def _search(
         if signs == NONE:
             shift = -_EIGHTH if minus else _EIGHTH
         if not both:
-            _scan8(b, levels, table, odd, found)
+            scan8(b, levels, table, odd, found)
         elif not minus:
-            _scan_shifts(b, levels, a, found)
+            scan_shifts(b, levels, a, found)
         at = GROUP if both and minus else 0
         cost, entry[0] = _best8(
             u, y, b, levels, found, at, (signs, odd), shift, metric, first, tile
@@ -272,8 +175,8 @@ def _search(
         else:
             _place(y, b, levels, GROUP, entry[0], 0, odd, g)
         return cost
-    _scan4(b, 0, levels, a, found)
-    _scan4(b, 4, levels, a, found[2:])
+    scan4(b, 0, levels, a, found)
+    scan4(b, 4, levels, a, found[2:])
     if not odd:
         entry[0], entry[1] = found[0], found[2]
         _place(y, b, levels, 4, entry[0], 0, False, g)
@@ -329,6 +232,60 @@ def _push(
         store(z, row + j, v + w)
 
 
+@helper
+def _choose(
+    u: np.ndarray, shape: tuple[int, int, bool], levels: np.ndarray, a: np.ndarray,
+    metric: np.ndarray, group: int, n_scans: int, mark: np.uint8, best: np.ndarray,
+    entry: np.ndarray, near: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    space: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+) -> Any:  # fmt: skip
+    """The levels of least cost to u that were found, into best and entry. Gives their mark."""
+    places, signs, free_shift = shape
+    y, g, trial, own, other = near
+    d, first = space[3], group * GROUP * GROUP
+    for j in range(GROUP):
+        own[j] = metric[first + j * (GROUP + 1)]
+    least = _MOST
+    for turn in range(2 if free_shift else 1):
+        minus = turn == 1 if free_shift else signs == NONE and mark == 1
+        y[:] = u
+        mine = _MOST
+        for scan in range(n_scans):
+            if scan:
+                store(d, 0, load8(u, 0) - load8(g, 0))
+                v = _slope(d, metric, first) / load8(own, 0)
+                store(y, 0, load8(g, 0) + v)
+            cost = _search(
+                y, u, (places, signs), levels, a, metric, group, minus,
+                free_shift and scan == 0, trial, other, space,
+            )  # fmt: skip
+            if signs != NONE:
+                for _ in range(GROUP):  # rounding could turn signs to and fro for ever
+                    if not _flip(u, trial, metric, first, signs == EVEN, d):
+                        break
+                cost = _cost(u, trial, metric, first, d)
+            if not cost < mine:
+                break
+            mine = cost
+            g[:] = trial
+            if mine < least:
+                least = mine
+                best[:] = trial
+                entry[:] = other
+                if free_shift:
+                    mark = np.uint8(minus)
+    return mark if signs == NONE else _minuses(best)
+
+
+@helper
+def _minuses(g: np.ndarray) -> Any:
+    """The byte of the signs of g."""
+    bits = 0
+    for j in range(GROUP):
+        bits |= (g[j] < _ZERO) << j
+    return np.uint8(bits)
+
+
 @kernel
 def round_entries(
     z: np.ndarray, ref: np.ndarray, scale: np.ndarray, shape: tuple[int, int, bool],
@@ -345,71 +302,38 @@ def round_entries(
     With `keep`, ref is what stands, and stays where nothing better is found. z is used up.
     """
     rows, n = z.shape
-    places, signs, free_shift = shape
+    places, signs, _ = shape
     sub, per = n // scale.shape[1], GROUP // places
     flat, rays = z.reshape(rows * n), couple.reshape(n * n)
     a = np.empty(levels.size // places * 2, np.float32)
-    u, y, z_g = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
-    g, trial, d = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
-    own, lost = np.empty(8, np.float32), np.empty(8, np.float32)
-    entry, other = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    u, best, old = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
+    lost, d, entry = np.empty(8, np.float32), np.empty(8, np.float32), np.zeros(2, np.int64)
+    near = (
+        np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32),
+        np.empty(8, np.float32), np.zeros(2, np.int64),
+    )  # fmt: skip
     space = (np.empty(8, np.float32), np.zeros(16, np.int32), np.empty(64, np.float32), d)
     for group in range(n // GROUP):
         begin, first = group * GROUP, group * GROUP * GROUP
         _tabulate(levels, places, metric, first, signs == NONE, a)
-        for j in range(GROUP):
-            own[j] = metric[first + j * (GROUP + 1)]
         for r in range(rows):
             s = scale[r, begin // sub]
             inverse = np.float32(1.0) / s if s != _ZERO else _ZERO
             v = load8(flat, r * n + begin) * inverse
             store(u, 0, minimum(maximum(v, -_FAR), _FAR))
-            mark = np.uint8(marks[r, group])
-            least = _MOST
-            for turn in range(2 if free_shift else 1):
-                minus = turn == 1 if free_shift else signs == NONE and mark == 1
-                y[:] = u
-                mine = _MOST
-                for scan in range(n_scans):
-                    if scan:
-                        store(d, 0, load8(u, 0) - load8(g, 0))
-                        v = _slope(d, metric, first) / load8(own, 0)
-                        store(y, 0, load8(g, 0) + v)
-                    cost = _search(
-                        y, u, (places, signs), levels, a, metric, group, minus,
-                        free_shift and scan == 0, trial, other, space,
-                    )  # fmt: skip
-                    if signs != NONE:
-                        for _ in range(GROUP):  # rounding could turn signs to and fro for ever
-                            if not _flip(u, trial, metric, first, signs == EVEN, d):
-                                break
-                        cost = _cost(u, trial, metric, first, d)
-                    if not cost < mine:
-                        break
-                    mine = cost
-                    g[:] = trial
-                    if mine < least:
-                        least = mine
-                        z_g[:] = trial
-                        entry[:] = other
-                        if free_shift:
-                            mark = np.uint8(minus)
-            if signs != NONE:
-                bits = 0
-                for j in range(GROUP):
-                    bits |= (z_g[j] < _ZERO) << j
-                mark = np.uint8(bits)
+            mark = _choose(
+                u, shape, levels, a, metric, group, n_scans, marks[r, group], best, entry, near,
+                space,
+            )  # fmt: skip
             if keep:
-                least = _cost(u, z_g, metric, first, d)
-                store(g, 0, load8(ref[r], begin) * inverse)
-                if _cost(u, g, metric, first, d) <= least:
-                    for j in range(GROUP):
-                        chosen[r, begin + j] = ref[r, begin + j]
+                store(old, 0, load8(ref[r], begin) * inverse)
+                if _cost(u, old, metric, first, d) <= _cost(u, best, metric, first, d):
+                    chosen[r, begin : begin + GROUP] = ref[r, begin : begin + GROUP]
                     continue
             marks[r, group] = mark
             for i in range(per):
                 entries[r, group * per + i] = entry[i]
             for j in range(GROUP):
-                chosen[r, begin + j] = s * z_g[j]
+                chosen[r, begin + j] = s * best[j]
                 lost[j] = ref[r, begin + j] - chosen[r, begin + j]
             _push(flat, r * n, n, begin, lost, rays)
