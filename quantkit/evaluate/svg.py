@@ -104,7 +104,8 @@ def linear_axis(values: Sequence[float], begin: float, end: float, *, zero: bool
     """A little beyond values >= 0: from 0, or with `zero` False from below the smallest."""
     high = min(max((*values, 0.0)) or 1.0, _HUGE)
     low = min(0.0 if zero else min(values), high)
-    margin = 0.06 * (high - low or high)
+    # Some width also for one value only, or one so small that sums with it round off.
+    margin = max(0.06 * (high - low or high), 1 / _HUGE)
     return Axis(max(0.0, low - margin), high + margin, begin, end)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantkit.evaluate.labels import binary_size, figure_name, number, short_names
@@ -32,6 +32,7 @@ def test_a_log_axis_shows_all_values_at_round_ticks(values):
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=9), st.booleans())
+@example(values=[5e-324], zero=False)
 def test_a_linear_axis_shows_all_values_at_round_ticks(values, zero):
     axis = linear_axis(values, 0.0, 100.0, zero=zero)
     assert axis.low <= min(values) and max(values) <= axis.high
