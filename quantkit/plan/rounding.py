@@ -81,8 +81,8 @@ def work(plan: Plan, n_experts_used: int) -> Work:
         widest,
         2 * token,
         flops,
-        # Two folds of Gram, drift and residual moments; a factor and its inverse in f64.
-        4 * 2 * (2 * widest**2 + hidden * widest) + 8 * 3 * widest**2,
+        # Two folds of Gram, drift and residual moments; systems, factors and solutions in f64.
+        4 * 2 * (2 * widest**2 + hidden * widest) + 8 * 7 * widest**2,
         2 * 4 * (2 * hidden + writes),
     )
 
