@@ -175,7 +175,7 @@ class Copies:
         routed = blocks.is_routed(self._plain.matrices, layer)
         for k in active:
             stream = self._at(k, layer)
-            for begin, end, lengths in _blocks(self.sequences, self._plain.n_block):
+            for begin, end, lengths in self._plain.sequence_blocks():
                 at = k * self.n_tok + begin
                 h = self._hidden.read(at, at + end - begin).to(stream.device)
                 h = h + stream.attention(layer, h, lengths)
@@ -309,17 +309,3 @@ def first_layer(copy: Copy, n_layers: int, head: str) -> int:
     if not layers and head in copy.types:
         return n_layers + 1
     return min(layers)
-
-
-def _blocks(sequences: Sequences, n_block: int) -> list[tuple[int, int, list[int]]]:
-    """(begin, end, lengths) of blocks that end where sequences end."""
-    found: list[tuple[int, int, list[int]]] = []
-    begin = end = 0
-    lengths: list[int] = []
-    for n in sequences.lengths:
-        if lengths and end + n - begin > n_block:
-            found.append((begin, end, lengths))
-            begin, lengths = end, []
-        lengths.append(n)
-        end += n
-    return [*found, (begin, end, lengths)]

@@ -15,8 +15,9 @@ import torch
 
 from quantkit.forward.weights import Tile, Weights
 from quantkit.quantize.codec import Codec, How
-from quantkit.quantize.feedback import Feedback, Metric, encode_with_feedback, supports
+from quantkit.quantize.feedback import Feedback, Metric, encode_with_feedback
 from quantkit.quantize.gain import encode_rows
+from quantkit.quantize.layout import supports
 from quantkit.types import GgmlType
 
 _BLOCK = 32  # neighbouring tokens go to the same part

@@ -64,40 +64,51 @@ def cli() -> None:
     """
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception so that files and threads are left in order."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM, as an exception so that files and threads are left in order.
+
+    Not a KeyboardInterrupt: Python kills a program at its very end where one of those passed
+    through code made from a string (dataclasses, numba), even if it was caught.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted(number)
 
 
 def main() -> None:
     """Entry point: every failure is one message and a documented exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or "&" in a script
+            signal.signal(number, _interrupt)
     try:
         code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _interrupted(130)
+    except click.exceptions.Abort:  # a question was left unanswered
+        code = _say_interrupted(130)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except QuantkitError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except KeyboardInterrupt:
-        code = _interrupted(130)
-    except _Terminated:
-        code = _interrupted(143)
+    except _Interrupted as interrupted:
+        code = _say_interrupted(interrupted.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
     # All is said and done: a signal while the interpreter folds up must not change the exit code.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupted(code: int) -> int:
+def _say_interrupted(code: int) -> int:
     click.echo("interrupted; run the same command again to continue", err=True)
     return code

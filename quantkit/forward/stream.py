@@ -63,7 +63,8 @@ class Stream:
         self.sequences = sequences
         self.hidden = make_rows(len(sequences), hyper.hidden)
         self.routing: npt.NDArray[np.int16] | None = None
-        self._spare = make_rows(len(sequences), hyper.hidden) if hyper.moe else None
+        # Where a routed layer gathers what comes out, before it becomes the hidden states.
+        self.spare = make_rows(len(sequences), hyper.hidden) if hyper.moe else None
         divisors = None
         if "rope_freqs.weight" in matrices:
             divisors = torch.from_numpy(matrices.weights.read("rope_freqs.weight", 0, 1)[0])
@@ -145,7 +146,7 @@ class Stream:
                 self.matrices.observer.see((output_name(self.matrices.weights),), x)
 
     def _routed(self, layer: int, progress: Progress) -> None:
-        moe, m, out = self.hyper.moe, self.matrices, self._spare
+        moe, m, out = self.hyper.moe, self.matrices, self.spare
         if moe is None or out is None:
             raise UsageError(f"layer {layer} has experts, the metadata has none")
         routing = np.empty((self.hidden.n_rows, moe.n_used), np.int16)
@@ -163,7 +164,7 @@ class Stream:
             share = gates[index, torch.from_numpy(slots)]
             self._expert(layer, expert, index, share, out)
             progress((1 - _ATTENTION) / moe.n_experts)
-        self.hidden, self._spare, self.routing = out, self.hidden, routing
+        self.hidden, self.spare, self.routing = out, self.hidden, routing
 
     def _expert(
         self,

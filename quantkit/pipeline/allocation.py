@@ -24,12 +24,12 @@ from quantkit.guide.memory import cache_bytes, context
 from quantkit.guide.model import read_shape
 from quantkit.pipeline.conversion import Job, Planned, planned
 from quantkit.pipeline.guide import LADDER, PRESETS
-from quantkit.plan.build import MAX_SHARD_BYTES, TypeChooser
+from quantkit.plan.build import MAX_SHARD_BYTES, TypeChooser, can_repack
 from quantkit.quantize.codec import How, codec_of, encodable
 from quantkit.recipe import Recipe, load_recipe, shipped_names
 from quantkit.run import fs
 from quantkit.run.events import Reporter, Silent, size
-from quantkit.types import GgmlType, Plan, SlabOp, TensorSpec, WeightFormat
+from quantkit.types import GgmlType, Plan, TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.allocate.copies import Scorer
@@ -251,7 +251,7 @@ def _measure(
         model.weights,
         model.hyper,
         lambda spec: legal.of([spec]),
-        _is_exact,
+        can_repack,
     )
     work = path.with_name(path.name + ".work")
     fs.make_folder(work)
@@ -303,14 +303,6 @@ def _check_target(
 def _recipe(question: Question, path: Path) -> Recipe:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "allocated"
     return Recipe(name=name, default=GgmlType.Q8_0, rounding=question.rounding)
-
-
-def _is_exact(spec: TensorSpec, type_: GgmlType) -> bool:
-    """INT4 in groups of 32 is copied to Q4_0."""
-    return type_ is GgmlType.Q4_0 and all(
-        slab.weight.format is WeightFormat.INT4_G32 and slab.op is SlabOp.COPY
-        for slab in spec.slabs
-    )
 
 
 def _stored(spec: TensorSpec, types: dict[str, GgmlType]) -> int:

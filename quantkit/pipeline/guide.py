@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.container.layout import DEFAULT_ALIGNMENT, padded
 from quantkit.container.names import escaped, shown
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import QuantkitError, UsageError
@@ -36,7 +37,6 @@ PRESETS = (
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_m", "q2_k", "iq3_xxs", "iq3_s", "q3_k_m", "iq4_xs",
     "q4_k_m", "q4_x", "q5_k_m", "q6_k", "q8_0",
 )  # fmt: skip
-_ALIGNMENT = 32
 _DEFAULT_BETA_FAST = 32.0
 
 
@@ -144,12 +144,12 @@ def _rungs(
 ) -> list[Rung]:
     text = decided.plans[-1]
     specs = [tensor.spec for tensor in text.tensors]
-    header = text.n_bytes - sum(_padded(t.n_bytes) for t in text.tensors)
+    header = text.n_bytes - sum(padded(t.n_bytes, DEFAULT_ALIGNMENT) for t in text.tensors)
     whole = model_of_plan(decided)
     rungs = []
     for name in names:
         held, wasteful = _typed(name, specs)
-        n_bytes = header + sum(_padded(t.n_bytes) for t in held)
+        n_bytes = header + sum(padded(t.n_bytes, DEFAULT_ALIGNMENT) for t in held)
         model = Model(name, text.arch, (), n_bytes, tuple(held), shape, mmproj=whole.mmproj)
         laid = fit(model, machine, context(shape, n_ctx))
         bpw = 8 * model.weights_bytes / max(1, text.n_weights)
@@ -172,10 +172,6 @@ def _typed(recipe: str, specs: Sequence[TensorSpec]) -> tuple[list[Held], bool]:
 
 def _n_bytes(rung: Rung) -> int:
     return rung.n_bytes
-
-
-def _padded(n_bytes: int) -> int:
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _template(kvs: Kvs) -> str | None:

@@ -69,7 +69,7 @@ class TypeChooser:
             return _Choice(spec, spec.keep, spec.keep, repack=False)
         wanted = self._wanted[spec.name]
         type_ = fitting_type(wanted, spec.grid[1])
-        return _Choice(spec, wanted, type_, repack=_can_repack(spec, type_))
+        return _Choice(spec, wanted, type_, repack=can_repack(spec, type_))
 
 
 def build_plan(
@@ -143,7 +143,7 @@ def _place(choices: list[_Choice], shards: tuple[ShardLayout, ...]) -> tuple[Pla
     return tuple(tensors)
 
 
-def _can_repack(spec: TensorSpec, type_: GgmlType) -> bool:
+def can_repack(spec: TensorSpec, type_: GgmlType) -> bool:
     """INT4 in groups of 32 and Q4_0 have the same levels; scales are checked when they are read."""
     return type_ is GgmlType.Q4_0 and all(
         slab.weight.format is WeightFormat.INT4_G32 and slab.op is SlabOp.COPY

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.quantize import layout
+from quantkit.quantize.layout import supports
 from quantkit.types import GgmlType, Plan, PlannedTensor, TensorSpec
 
 # Heads of MLA have inputs of their own behind the whole of attention, which would have to be
@@ -27,10 +27,9 @@ def rounded_by_inputs(plan: Plan) -> dict[str, GgmlType]:
 
 def _is_rounded(tensor: PlannedTensor) -> bool:
     spec = tensor.spec
-    searches = tensor.type in layout.LEVELS or tensor.type in layout.BOOKS
     if spec.role == "router" and len(spec.shape) > 1:
         return True
-    if not searches or tensor.repack or spec.keep is not None or len(spec.shape) == 1:
+    if not supports(tensor.type) or tensor.repack or spec.keep is not None or len(spec.shape) == 1:
         return False
     if spec.role in _HEADS:
         return tensor.type.bpw < _HEADS_BELOW_BPW

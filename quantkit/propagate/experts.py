@@ -7,7 +7,6 @@ import torch
 from quantkit.errors import UsageError
 from quantkit.forward import blocks
 from quantkit.forward.hyper import Moe
-from quantkit.forward.rows import Rows
 from quantkit.propagate.layer import Pair, Quantiser
 from quantkit.propagate.moments import Moments
 
@@ -18,15 +17,10 @@ _OWN = 4
 
 
 class ExpertLayer:
-    """A routed layer. Both runs take the experts that the teacher chooses.
+    """A routed layer. Both runs take the experts that the teacher chooses."""
 
-    `outs` are rows f32[n_tok, hidden] of either stream, where what comes out is gathered.
-    """
-
-    def __init__(
-        self, pair: Pair, quantiser: Quantiser, layer: int, outs: tuple[Rows, Rows]
-    ) -> None:
-        moe = pair.teacher.hyper.moe
+    def __init__(self, pair: Pair, quantiser: Quantiser, layer: int) -> None:
+        moe, outs = pair.teacher.hyper.moe, [s.spare for s in pair.streams if s.spare is not None]
         if moe is None:
             raise UsageError(f"layer {layer} has experts, the metadata has none")
         self._moe: Moe = moe
@@ -50,8 +44,7 @@ class ExpertLayer:
         if f"{self._prefix}_gate_shexp.weight" in pair.teacher.matrices:
             self._shared_expert(shared)
         for stream, out in zip(pair.streams, self._outs, strict=True):
-            for begin, end in stream.token_blocks():
-                stream.hidden.write(begin, out.read(begin, end))
+            stream.hidden, stream.spare = out, stream.hidden
 
     def _inputs(self, index: Tensor) -> list[Tensor]:
         """What some tokens bring to the experts, teacher's and student's f32[n, hidden]."""

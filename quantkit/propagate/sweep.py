@@ -13,7 +13,6 @@ import torch
 from quantkit.forward import blocks
 from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Matrices
-from quantkit.forward.rows import Rows
 from quantkit.forward.stream import RowsMaker, Sequences, Stream
 from quantkit.forward.sweep import Settings, Sweep
 from quantkit.forward.weights import Weights
@@ -72,10 +71,9 @@ def propagate(
     first = sweep.start(at_most=n_done)
     if first:
         on_resume(first)
-    outs = tuple(make(len(sequences), hyper.hidden) for _ in range(2)) if hyper.moe else None
 
     def advance(layer: int) -> None:
-        _pass_layer(pair, quantiser, layer, outs, make)
+        _pass_layer(pair, quantiser, layer, make)
         student.clear()
         after_layer(layer)
 
@@ -88,7 +86,6 @@ def _pass_layer(
     pair: Pair,
     quantiser: Quantiser,
     layer: int,
-    outs: tuple[Rows, ...] | None,
     make: RowsMaker,
 ) -> None:
     teacher = pair.teacher
@@ -101,8 +98,8 @@ def _pass_layer(
         return stream.dense_ffn(layer, stream.read(begin, end))
 
     pass_dense(pair, quantiser, stages, attention, make)
-    if blocks.is_routed(teacher.matrices, layer) and outs is not None:
-        ExpertLayer(pair, quantiser, layer, (outs[0], outs[1])).run()
+    if blocks.is_routed(teacher.matrices, layer):
+        ExpertLayer(pair, quantiser, layer).run()
     else:
         pass_dense(pair, quantiser, dense_stages(layer), ffn, make)
     for stream in pair.streams:

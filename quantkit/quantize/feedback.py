@@ -28,8 +28,8 @@ from quantkit.quantize import _on_host, layout
 from quantkit.quantize.codec import Blocks, Codec, How, Tile
 from quantkit.quantize.gain import encode_rows
 from quantkit.quantize.kernels import feedback as kernels
+from quantkit.quantize.layout import supports
 from quantkit.quantize.torch import feedback as _on_device
-from quantkit.types import GgmlType
 
 F32 = npt.NDArray[np.float32]
 Tensor = torch.Tensor
@@ -48,11 +48,6 @@ class Feedback:
     n_passes: int = 1
     n_scans: int = 2
     ridge: float = 0.05
-
-
-def supports(type_: GgmlType) -> bool:
-    """Whether a type's codes can be chosen with feedback."""
-    return type_ in layout.LEVELS or type_ in layout.BOOKS
 
 
 class Metric:

@@ -363,3 +363,8 @@ def _one_of(known: Mapping[GgmlType, Any], type_: GgmlType) -> GgmlType:
             hint=f"one of: {', '.join(t.name for t in known)}",
         )
     return type_
+
+
+def supports(type_: GgmlType) -> bool:
+    """Whether a type's codes can be chosen anew, which rounding with feedback does."""
+    return type_ in LEVELS or type_ in BOOKS

@@ -17,6 +17,7 @@ from quantkit.pipeline.allocation import Goal, Question, allocate, parse_types
 from quantkit.pipeline.conversion import Job, planned
 from quantkit.pipeline.curve import draw
 from quantkit.pipeline.opening import Reading, Running
+from quantkit.plan.build import can_repack
 from quantkit.recipe import load_recipe
 from quantkit.run.events import Silent
 from quantkit.types import GgmlType
@@ -106,9 +107,9 @@ def test_floors_and_types_are_kept(tmp_path, quick):
 def test_int4_weights_that_are_copied_cost_nothing():
     with planned(Job(FIXTURE, "q8_0", mmproj=None), Silent()) as (_, decided):
         specs = [tensor.spec for tensor in decided.plans[-1].tensors]
-    exact = {s.role for s in specs if allocation._is_exact(s, GgmlType.Q4_0)}
+    exact = {s.role for s in specs if can_repack(s, GgmlType.Q4_0)}
     assert exact == {"routed_expert.gate", "routed_expert.up", "routed_expert.down"}
-    assert not any(allocation._is_exact(s, GgmlType.Q4_K) for s in specs)
+    assert not any(can_repack(s, GgmlType.Q4_K) for s in specs)
 
 
 def test_other_settings_are_measured_anew_and_all_are_kept(tmp_path, quick):

@@ -184,6 +184,27 @@ def test_a_signal_ends_the_run_with_its_code_and_it_can_go_on(
     assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
 
 
+def test_a_signal_that_falls_into_code_made_from_a_string_ends_with_the_same_code(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import os, signal, time
+import quantkit.cli
+def interrupted(**options):
+    exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(1)")
+quantkit.cli.cli.main = interrupted
+quantkit.cli.main()
+""")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-m", "program"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 130, run.stderr
+    assert "run the same command again" in run.stderr
+
+
 def test_two_runs_on_one_folder_do_not_mix(converted, fixture_model, tmp_path):
     both = [
         subprocess.Popen(command(fixture_model, tmp_path), stderr=subprocess.PIPE, text=True)
