@@ -1,0 +1,1 @@
+"""A repository as the best quantisers publish it: layout, card, resumable upload."""
