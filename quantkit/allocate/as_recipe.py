@@ -14,6 +14,7 @@ import yaml
 from quantkit.allocate.solve import Allocation
 from quantkit.container.layout import tensor_n_bytes
 from quantkit.recipe import Recipe, parse_recipe
+from quantkit.run.events import size
 from quantkit.types import GgmlType, TensorSpec
 
 Types = Mapping[str, GgmlType]
@@ -70,7 +71,7 @@ def as_yaml(
     free = [spec for spec in specs if spec.keep is None]
     n_bytes = sum(_n_bytes(s, types[s.name] if s.keep is None else s.keep) for s in specs)
     bpw = 8 * n_bytes / max(1, sum(spec.n_weights for spec in specs))
-    head = (f"{name}: {bpw:.3f} bits per weight, {n_bytes / 1e9:,.3f} GB of tensors.", *about)
+    head = (f"{name}: {bpw:.3f} bits per weight, {size(n_bytes)} of tensors.", *about)
     lines = [f"# {_one_line(line)}" for line in head]
     lines.append(f"name: {_scalar(name)}")
     if description:
@@ -110,7 +111,7 @@ class _Rule:
         count = what if n == self.n_alike == 1 else f"{n} of {self.n_alike} {what}"
         if n == self.n_alike > 1:
             count = f"all {n} {what}"
-        return f"{count}: {n_bytes / 1e9:,.3f} GB, {self.type.bpw:g} bits per weight"
+        return f"{count}: {size(n_bytes)}, {self.type.bpw:g} bits per weight"
 
 
 def _rules(free: Specs, types: Types) -> Iterator[_Rule]:

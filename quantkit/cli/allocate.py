@@ -7,11 +7,17 @@ from typing import Any, Literal
 
 import click
 
-from quantkit.cli.options import default_threads, running_options
+from quantkit.cli.options import (
+    MODEL,
+    default_threads,
+    hub_options,
+    on_hub,
+    running_options,
+)
 
 
 @click.command("allocate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--target-size", metavar="SIZE", help="Bytes of all files: 240GB, 223.5GiB, 7000000.")
 @click.option("--target-bpw", metavar="BITS", help="Bits per weight, on average over the tensors.")
 @click.option("--fit", metavar="SIZE+SIZE", help="Memories: VRAM, RAM or both, as 24GB+256GB.")
@@ -66,10 +72,11 @@ from quantkit.cli.options import default_threads, running_options
     help="Draw what every size costs at least, shipped recipes beside it: .html or .svg.",
 )
 @running_options
+@hub_options
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines on stdout.")
 def allocate_command(
-    model: Path,
+    model: Any,
     target_size: str | None,
     target_bpw: str | None,
     fit: str | None,
@@ -82,6 +89,7 @@ def allocate_command(
     n_tokens: int,
     curve: Path | None,
     running: dict[str, Any],
+    hub: dict[str, Any],
     threads: int | None,
     quiet: bool,
     as_json: bool,
@@ -104,22 +112,25 @@ def allocate_command(
     use_threads(n_threads)
     from quantkit.pipeline.opening import Reading, Running
 
-    question = Question(
-        model, Reading(corpus, n_tokens), Running(**running), rounding, allowed, lows, n_threads
-    )
+    reading, how = Reading(corpus, n_tokens), Running(**running)
     view = reporter(quiet=quiet, as_json=as_json)
-    answer = allocate(question, goal, output, view, with_curve=curve is not None)
-    if curve is not None:
-        draw(answer, model.resolve().name, curve)
+    with on_hub(hub, view, output.parent) as session:
+        place = session.at(model)
+        question = Question(place, reading, how, rounding, allowed, lows, n_threads)
+        answer = allocate(question, goal, output, view, with_curve=curve is not None)
+        if curve is not None:
+            draw(answer, (place.resolve() if isinstance(place, Path) else place).name, curve)
     if not quiet and not as_json:
         _tell(answer, output)
 
 
 def _tell(answer: Any, output: Path) -> None:
-    click.echo(f"{'role':24}{'GB':>9}{'of KLD':>8}  types")
+    from quantkit.run.events import size
+
+    click.echo(f"{'role':24}{'size':>10}{'of KLD':>8}  types")
     for row in answer.rows:
         types = ", ".join(f"{n} {name}" for name, n in row.types.items())
-        click.echo(f"{row.role:24}{row.n_bytes / 1e9:9.3f}{row.share:8.1%}  {types}")
+        click.echo(f"{row.role:24}{size(row.n_bytes):>10}{row.share:8.1%}  {types}")
     short = answer.budget - answer.n_bytes
     click.echo(
         f"\n{output}: {answer.n_bytes:,} bytes, {short:,} below the target; {answer.bpw:.3f} bpw; "

@@ -95,8 +95,9 @@ class Forecast:
     seconds: float
 
 
-# Weights a second and thread that searches and both passes get through, of the slower types.
-_SEARCHED = 0.5e6
+# Weights a second and thread that searches and both passes get through, beside the products: from
+# 0.7e6 of IQ1_M to 3e6 of the k-quants (benchmarks/feedback.py, two cores of an EPYC).
+_SEARCHED = 1.2e6
 
 
 def forecast(plan: Plan, n_tokens: int, n_threads: int) -> Forecast:

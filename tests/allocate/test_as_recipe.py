@@ -150,13 +150,13 @@ def test_the_head_says_what_it_is_and_every_rule_what_it_decides():
     text = allocated_yaml(specs, found, "mine", target="10 kB", unit="nats of KL")
     head, comments = text.splitlines()[:3], [x for x in text.splitlines() if x.startswith("  #")]
     assert head == [
-        "# mine: 4.500 bits per weight, 0.000 GB of tensors.",
+        "# mine: 4.500 bits per weight, 3 kB of tensors.",
         "# Allocated for 10 kB.",
         f"# Predicted cost: {found.cost:.6g} nats of KL; no assignment of this size has less.",
     ]
     assert comments == [
-        "  # output: 0.000 GB, 4.5 bits per weight",
-        "  # all 2 routed_expert.down: 0.000 GB, 4.5 bits per weight",
+        "  # output: 576 bytes, 4.5 bits per weight",
+        "  # all 2 routed_expert.down: 2 kB, 4.5 bits per weight",
     ]
 
 
