@@ -10,7 +10,9 @@
 | 5 | the output could not be written (disk full, permission, in use) |
 | 6 | a GGUF file or shard set is damaged or inconsistent |
 | 7 | weights or scales hold NaN or infinity |
-| 130 / 143 | interrupted (SIGINT / SIGTERM); the run can be continued |
+| 8 | the Hub cannot be reached, or refuses |
+| 129 / 130 / 143 | interrupted (SIGHUP / SIGINT / SIGTERM); the run can be continued |
+| 141 | nobody reads the output any more; the run can be continued |
 """
 
 from __future__ import annotations
@@ -73,3 +75,9 @@ class NonFiniteError(QuantkitError):
     """NaN or infinity among the weights, scales or statistics."""
 
     exit_code = 7
+
+
+class HubError(QuantkitError):
+    """The Hugging Face Hub cannot be reached, refuses, or lacks what is asked for."""
+
+    exit_code = 8

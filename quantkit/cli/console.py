@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING
 
+import click
+
+from quantkit.cli import printable
 from quantkit.run.events import Reporter, Silent, Unit, size
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Lines:
     def _print(self, label: str, text: str) -> None:
         from rich.markup import escape
 
-        self._console.print(f"{label} {escape(text)}", soft_wrap=True)
+        self._console.print(f"{label} {escape(printable(text))}", soft_wrap=True)
 
 
 def _amounts(unit: Unit) -> list[ProgressColumn]:
@@ -126,5 +128,4 @@ class JsonLines:
         """See `Reporter`."""
 
     def _emit(self, **fields: object) -> None:
-        sys.stdout.write(json.dumps(fields) + "\n")
-        sys.stdout.flush()
+        click.echo(json.dumps(fields))

@@ -6,6 +6,7 @@ the pieces take.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +82,10 @@ class FileRows:
         view = as_bytes(x)
         at = begin * self.n_cols * 4
         while view:
-            n_read = os.preadv(self._fd, [view[:_PIECE]], at)
+            with fs.writing(self._where):
+                n_read = os.preadv(self._fd, [view[:_PIECE]], at)
+                if n_read == 0:
+                    raise OSError(errno.EIO, "the scratch file ends early")
             view, at = view[n_read:], at + n_read
         return x
 

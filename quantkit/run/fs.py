@@ -52,19 +52,22 @@ def open_sized(path: Path, n_bytes: int) -> int:
     """Open for positional writes, creating it; its length becomes `n_bytes`. Gives the fd."""
     with writing(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if os.fstat(fd).st_size != n_bytes:
-            os.ftruncate(fd, n_bytes)
+        try:
+            if os.fstat(fd).st_size != n_bytes:
+                os.ftruncate(fd, n_bytes)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
 
 def open_scratch(folder: Path, n_bytes: int) -> int:
     """A file without a name for data that does not outlive the process. Gives the fd."""
-    with writing(folder):
-        make_folder(folder)
-        fd, name = tempfile.mkstemp(dir=folder, prefix=".scratch-")
-        Path(name).unlink()
-        os.ftruncate(fd, n_bytes)
-        return fd
+    make_folder(folder)
+    # Never named where the system can do that, so that no kill leaves it behind.
+    with writing(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        os.ftruncate(file.fileno(), n_bytes)
+        return os.dup(file.fileno())
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
@@ -73,6 +76,8 @@ def write_at(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None
     with writing(path):
         while view:
             n_written = os.pwrite(fd, view, offset)
+            if n_written == 0:
+                raise OSError(errno.EIO, "the device takes no more bytes")
             view, offset = view[n_written:], offset + n_written
 
 
@@ -140,6 +145,13 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder if it is there and empty."""
     with suppress(OSError):
         folder.rmdir()
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove the files directly inside a folder of our own, if it is there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir():
+            remove(path)
 
 
 def make_folder(folder: Path) -> None:

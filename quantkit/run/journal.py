@@ -6,11 +6,14 @@ A text file: one line that identifies the job, then one line per event.
     boot <id>               a run begins, on this boot of the machine
     tile <tensor> <n> <sha256>
     sync                    everything above is durable
+    doubt                   a flush failed: what is not durable may be lost, and counts no more
+    lost <tensor>           its file was cut or removed: nothing above counts of it
     seal                    all tiles are durable, the files are getting their final names
 
 A tile's line is written after its bytes. If only the process died, the kernel still has both, so
 every line counts. If the machine went down, lines after the last `sync` are not trusted: their
-order on disk is unknown. The boot id tells the two apart.
+order on disk is unknown. The boot id tells the two apart. What is no line of these kinds was torn
+by such a death and is passed over.
 """
 
 from __future__ import annotations
@@ -18,13 +21,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.errors import OutputError
 from quantkit.run import fs
 
 Done = dict[tuple[int, int], bytes]  # (tensor, tile) -> sha256 of the tile's bytes
+
+_TILE = re.compile(r"tile (\d{1,9}) (\d{1,9}) ([0-9a-f]{64})")
+_LOST = re.compile(r"lost (\d{1,9})")
 
 
 class Journal:
@@ -58,6 +67,19 @@ class Journal:
         with fs.writing(self.path):
             os.fsync(self._fd)
 
+    def doubt(self) -> None:
+        """Note that a flush failed. The kernel may have dropped what it could not write."""
+        with suppress(OutputError):
+            self._append("doubt\n")
+
+    def forget(self, tensors: Collection[int]) -> None:
+        """Drop all tiles of some tensors, for later runs as well, durably."""
+        self.done = {key: digest for key, digest in self.done.items() if key[0] not in tensors}
+        if tensors:
+            self._append("".join(f"lost {tensor}\n" for tensor in sorted(tensors)))
+            with fs.writing(self.path):
+                os.fsync(self._fd)
+
     def close(self) -> None:
         """Release the journal; it stays for the next run."""
         os.close(self._fd)
@@ -65,6 +87,9 @@ class Journal:
     def _claim(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that had it may have removed it as the lock went over to us.
+            if not os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                raise BlockingIOError
         except OSError:
             raise OutputError(
                 "another run is writing these files",
@@ -107,18 +132,22 @@ def _replay(lines: list[str]) -> Done:
     fresh: Done = {}
     boot = ""
     for line in lines:
-        word, _, rest = line.partition(" ")
-        if word == "tile":
-            tensor, tile, digest = rest.split(" ")
-            fresh[int(tensor), int(tile)] = bytes.fromhex(digest)
-        elif word == "sync":
+        if found := _TILE.fullmatch(line):
+            fresh[int(found[1]), int(found[2])] = bytes.fromhex(found[3])
+        elif found := _LOST.fullmatch(line):
+            for tiles in (durable, fresh):
+                for key in [key for key in tiles if key[0] == int(found[1])]:
+                    del tiles[key]
+        elif line == "sync":
             durable |= fresh
             fresh = {}
-        elif word == "boot":
-            if boot != rest:  # the machine went down, not just the process
+        elif line == "doubt":
+            fresh = {}
+        elif line.startswith("boot "):
+            if boot != line:  # the machine went down, not just the process
                 fresh = {}
-            boot = rest
-    if boot and boot == _boot_id():
+            boot = line
+    if boot == f"boot {_boot_id()}":
         durable |= fresh
     return durable
 

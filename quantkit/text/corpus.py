@@ -178,6 +178,13 @@ def _streams(source: Source, where: Path) -> Iterator[Stream]:
         raise UsageError(f"{source.file!r}: {error}", where=str(where), hint=_HINT) from None
     if not paths:
         raise UsageError(f"no file matches {source.file!r}", where=str(where), hint=_HINT)
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UsageError(
+                f"{path.name!r} is a link that leads out of the corpus's folder",
+                where=str(where),
+                hint="replace the link by a copy of the file if you trust it",
+            )
     sizes = [max(path.stat().st_size, 1) for path in paths]
     for path, size in zip(paths, sizes, strict=True):
         name = path.relative_to(root).as_posix()

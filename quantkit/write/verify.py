@@ -203,6 +203,8 @@ def _scan(path: Path, job: _Job) -> _Found:
 
 
 def _check_padding(file: GgufFile) -> Iterator[GgufError]:
+    if not file.tensors:
+        return
     ends = [tensor.end for tensor in file.tensors]
     begins = [tensor.begin for tensor in file.tensors[1:]] + [file.n_bytes]
     buffer = bytearray(file.alignment)

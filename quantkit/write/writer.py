@@ -38,8 +38,8 @@ class ShardWriter:
         fs.make_folder(folder)
         self._journal = Journal(journal_path(folder, plan.stem), plan.digest, restart=restart)
         try:
-            if restart:
-                self._discard_partials()
+            if not self._journal.done:
+                self._discard_leftovers()
             partials = [fs.partial_of(path) for path in self._paths]
             fs.require_space(folder, plan.n_bytes, sum(map(fs.allocated, partials)))
             self._forget_lost_files()
@@ -97,23 +97,36 @@ class ShardWriter:
         if self._unsynced >= _SYNC_BYTES:
             self.sync()
 
-    def sync(self, *, seal: bool = False) -> None:
-        """Make every recorded tile durable; `seal` says that they are all there."""
-        for fd, path in zip(self._fds, self._paths, strict=True):
-            with fs.writing(path):
-                os.fsync(fd)
-        self._journal.sync(seal=seal)
+    def sync(self) -> None:
+        """Make every recorded tile durable."""
+        try:
+            for fd, path in zip(self._fds, self._paths, strict=True):
+                with fs.writing(path):
+                    os.fsync(fd)
+        except OutputError:
+            # After a failed flush the kernel takes the pages for clean: the next would succeed.
+            self._journal.doubt()
+            raise
+        self._journal.sync()
         self._unsynced = 0
 
     def commit(self, provenance: Provenance) -> list[Path]:
         """Flush everything, write the manifest and give the files their final names."""
         if next(self.missing(), None) is not None:
             raise OutputError("tiles are missing", where=str(self._journal.path))
-        self.sync(seal=True)
+        self.sync()
+        recorded = manifest_path(self._folder, self.plan.stem)
+        # What is replaced goes first: no shard of it may stand beside one of these.
+        for path in (recorded, *self._paths):
+            fs.remove(path)
+        with fs.writing(self._folder):
+            fs.sync_folder(self._folder)
+        self._journal.sync(seal=True)
         manifest = manifest_of(self.plan, self._journal.done, provenance)
         for path in self._paths:
             fs.publish(path)
-        fs.write_whole(manifest_path(self._folder, self.plan.stem), dump_manifest(manifest))
+        fs.write_whole(recorded, dump_manifest(manifest))
+        self._discard_work()  # the journal goes last: without it nobody looks here again
         fs.remove(self._journal.path)
         return self._paths
 
@@ -124,12 +137,20 @@ class ShardWriter:
         self._fds = []
         self._journal.close()
 
-    def _discard_partials(self) -> None:
-        """Remove what an unfinished run left, which may have been cut into other shards."""
+    def _discard_leftovers(self) -> None:
+        """Remove what another run left, which may have been cut into other shards.
+
+        Written over it would not do: what stands between tensors has to be zero.
+        """
+        self._discard_work()
         ours = re.compile(re.escape(self.plan.stem) + r"(-\d{5}-of-\d{5})?\.gguf" + fs.PARTIAL)
         for path in self._folder.iterdir():
             if ours.fullmatch(path.name):
                 fs.remove(path)
+
+    def _discard_work(self) -> None:
+        fs.empty_folder(self.work)
+        fs.remove_folder(self.work)
 
     def _forget_lost_files(self) -> None:
         """Drop records of tiles whose partial file was removed or cut; take back named shards.
@@ -143,9 +164,10 @@ class ShardWriter:
                 fs.unpublish(path)
             if not partial.exists() or partial.stat().st_size != shard.n_bytes:
                 lost.add(number)
-        tensors = self.plan.tensors
-        for key in [k for k in self._journal.done if tensors[k[0]].shard in lost]:
-            del self._journal.done[key]
+        known = {number for number, _ in self._journal.done}
+        self._journal.forget(
+            {number for number in known if self.plan.tensors[number].shard in lost}
+        )
 
 
 def tile_span(tensor: PlannedTensor, tile: int) -> tuple[int, int]:

@@ -32,6 +32,8 @@ def library() -> ctypes.CDLL:
     pointer, size, i64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     lib.gguf_init_from_buffer.restype = pointer
     lib.gguf_init_from_buffer.argtypes = [ctypes.c_char_p, size, _InitParams]
+    lib.gguf_init_from_file.restype = pointer
+    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
     lib.gguf_free.argtypes = [pointer]
     for name, restype in {
         "gguf_get_alignment": size,
@@ -62,7 +64,17 @@ def library() -> ctypes.CDLL:
 def parse(content: bytes) -> Parsed | None:
     """ggml's view of a file's header, None where it refuses."""
     lib = library()
-    context = lib.gguf_init_from_buffer(content, len(content), _InitParams(True, None))
+    params = _InitParams(True, None)
+    return _parsed(lib, lib.gguf_init_from_buffer(content, len(content), params))
+
+
+def parse_file(path: str) -> Parsed | None:
+    """The same, read from the file by ggml itself."""
+    lib = library()
+    return _parsed(lib, lib.gguf_init_from_file(path.encode(), _InitParams(True, None)))
+
+
+def _parsed(lib: ctypes.CDLL, context: int | None) -> Parsed | None:
     if not context:
         return None
     try:

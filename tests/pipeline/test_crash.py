@@ -1,14 +1,11 @@
-"""A run that dies anywhere and is started again ends in the same bytes."""
+"""What a reboot costs, and what another layout does; `tests/faults` kills at every call."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -56,57 +53,6 @@ def dying(monkeypatch):
 
     yield arrange
     monkeypatch.undo()
-
-
-def test_dying_around_every_rename_flush_and_many_writes(
-    converted, fixture_model, tmp_path, dying, monkeypatch
-):
-    expected = digests(converted("q4_x", LIMIT))
-    boundaries = [("fsync", n) for n in range(1, 16)] + [("ftruncate", n) for n in range(1, 7)]
-    boundaries += [("pwrite", n) for n in (1, 2, 3, 40, 90, 150)]
-    boundaries += [("write", n) for n in (1, 2, 3, 50, 120)]
-    hit = 0
-    for call, n in boundaries:
-        for after in (False, True):
-            folder = tmp_path / f"{call}-{n}-{after}"
-            dying(call, n, PowerCut(), after=after)
-            try:
-                run(fixture_model, folder)
-            except PowerCut:
-                hit += 1
-                for path in folder.glob("*.gguf"):
-                    assert hashlib.sha256(path.read_bytes()).hexdigest() == expected[path.name]
-            monkeypatch.undo()
-            run(fixture_model, folder)
-            assert digests(folder) == expected, (call, n, after)
-            assert not list(folder.glob("*.partial")), (call, n, after)
-            assert not list(folder.glob(".*.journal")), (call, n, after)
-    assert hit > 40
-
-
-@pytest.mark.parametrize("n", [1, 3, 20, 80])
-def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(
-    converted, fixture_model, tmp_path, dying, monkeypatch, n
-):
-    dying("pwrite", n, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OutputError, match="no space left"):
-        run(fixture_model, tmp_path)
-    assert not list(tmp_path.glob("m-*.gguf"))
-    monkeypatch.undo()
-    run(fixture_model, tmp_path)
-    assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
-
-
-def test_a_removed_partial_file_is_made_again(
-    converted, fixture_model, tmp_path, dying, monkeypatch
-):
-    dying("pwrite", 100, PowerCut())
-    with pytest.raises(PowerCut):
-        run(fixture_model, tmp_path)
-    monkeypatch.undo()
-    sorted(tmp_path.glob("*.partial"))[0].unlink()
-    run(fixture_model, tmp_path)
-    assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
 
 
 def test_an_unfinished_run_of_another_layout_is_refused_unless_restarted(
@@ -159,31 +105,6 @@ def spoil(path, model, keep):
                     file.write(b"\xa5" * n_bytes)
 
 
-def command(model, folder):
-    return [
-        *(sys.executable, "-m", "quantkit", "convert", str(model), "-r", "q4_x", "--name", "m"),
-        *("-o", str(folder), "--max-shard-size", str(LIMIT), "-t", "2"),
-    ]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_its_code_and_it_can_go_on(
-    converted, fixture_model, tmp_path, number, code
-):
-    process = subprocess.Popen(command(fixture_model, tmp_path), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.journal")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, log = process.communicate(timeout=60)
-    if process.returncode != 0:  # it may have been done already
-        assert process.returncode == code, log
-        assert "run the same command again" in log
-        assert "Traceback" not in log
-    run(fixture_model, tmp_path)
-    assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
-
-
 def test_a_signal_that_falls_into_code_made_from_a_string_ends_with_the_same_code(tmp_path):
     (tmp_path / "program.py").write_text("""
 import os, signal, time
@@ -203,28 +124,3 @@ quantkit.cli.main()
     )
     assert run.returncode == 130, run.stderr
     assert "run the same command again" in run.stderr
-
-
-def test_two_runs_on_one_folder_do_not_mix(converted, fixture_model, tmp_path):
-    both = [
-        subprocess.Popen(command(fixture_model, tmp_path), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    logs = [process.communicate(timeout=120)[1] for process in both]
-    for process, log in zip(both, logs, strict=True):
-        assert process.returncode in (0, 5), log
-    assert 0 in [process.returncode for process in both]
-    assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
-
-
-@pytest.mark.slow
-def test_thirty_random_kills_lose_nothing(fixture_model):
-    done = subprocess.run(
-        [sys.executable, "scripts/soak_kill.py", str(fixture_model), "--kills", "30"],
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "0 failures" in done.stdout

@@ -6,6 +6,8 @@ import threading
 from contextlib import closing
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantkit.run.executor import run_threaded
 
@@ -56,4 +58,58 @@ def test_leaving_early_waits_for_what_is_in_flight():
     with closing(run_threaded(work, range(1000), 2)) as results:
         next(results)
     assert running.is_set()
+    assert not [t for t in threading.enumerate() if t.name.startswith("quantkit")]
+
+
+class Meter:
+    """Bytes of tasks that have begun and whose results the consumer is not yet done with."""
+
+    def __init__(self):
+        self.sizes: list[int] = []
+        self.worst_together = 0
+        self._lock = threading.Lock()
+
+    def begin(self, size):
+        with self._lock:
+            self.sizes.append(size)
+            if len(self.sizes) > 1:
+                self.worst_together = max(self.worst_together, sum(self.sizes))
+        return size
+
+    def end(self, size):
+        with self._lock:
+            self.sizes.remove(size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 100), min_size=1, max_size=60),
+    budget=st.integers(0, 250),
+    n_threads=st.integers(1, 4),
+)
+def test_tasks_that_run_together_stay_within_the_budget(sizes, budget, n_threads):
+    meter, done = Meter(), []
+    for size in run_threaded(
+        meter.begin, sizes, n_threads, n_bytes=lambda size: size, budget=budget
+    ):
+        done.append(size)
+        meter.end(size)
+    assert meter.worst_together <= budget
+    assert sorted(done) == sorted(sizes)  # one that is larger than the budget runs alone
+
+
+def test_a_failure_waits_for_what_is_in_flight_and_frees_the_budget():
+    begun, go = [], threading.Event()
+
+    def work(n):
+        begun.append(n)
+        if n == 0:
+            raise ValueError(n)
+        go.wait(10)
+        return n
+
+    threading.Timer(0.1, go.set).start()
+    with pytest.raises(ValueError, match="0"):
+        list(run_threaded(work, range(100), 2, n_bytes=lambda n: 1, budget=2))
+    assert len(begun) <= 3
     assert not [t for t in threading.enumerate() if t.name.startswith("quantkit")]
