@@ -108,7 +108,7 @@ class TensorRef:
     """One stored tensor: where its bytes lie. `begin`/`end` are absolute in `file`."""
 
     name: str
-    dtype: str  # as safetensors spells it: BF16, F16, F32, I32, U8, F8_E4M3, ...
+    dtype: str  # as safetensors spells it: BF16, F16, F32, I32, ...; of a GGUF file a GgmlType
     shape: tuple[int, ...]
     file: str  # base name inside the checkpoint folder
     begin: int
@@ -127,7 +127,17 @@ class WeightFormat(StrEnum):
     F16 = "f16"
     BF16 = "bf16"
     INT4_G32 = "int4-g32"  # compressed-tensors pack-quantized, symmetric, group 32
+    INT4 = "int4"  # the same with other groups, zero points or an order of columns
+    INT8 = "int8"  # integers of 8 bits, packed or plain, of compressed-tensors or bitsandbytes
+    INT = "int"  # packed integers of another width
     FP8_BLOCK = "fp8-block"  # F8_E4M3 with a multiplier per 128x128 block
+    FP8 = "fp8"  # F8_E4M3 with a multiplier per row, tensor or group
+    MXFP4 = "mxfp4"  # E2M1 in groups of 32 with a power of two each
+    NVFP4 = "nvfp4"  # E2M1 in groups of 16 with an F8_E4M3 scale each
+    GPTQ = "gptq"
+    AWQ = "awq"
+    BNB_4BIT = "bnb-4bit"  # bitsandbytes NF4 and FP4
+    GGUF = "gguf"  # blocks of the type that `data.dtype` names
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +154,8 @@ class Weight:
     shape: tuple[int, ...]
     data: TensorRef
     scale: TensorRef | None = None
+    layout: Any = None  # what else the format's reader has to know: see quantkit.source.formats
+    others: tuple[TensorRef, ...] = ()  # whatever must be read besides: zero points, group indices
 
     @property
     def n_rows(self) -> int:
@@ -158,7 +170,8 @@ class Weight:
     @property
     def n_bytes(self) -> int:
         """Bytes that have to be read to have all of it."""
-        return self.data.n_bytes + (self.scale.n_bytes if self.scale else 0)
+        others = self.others if self.scale is None else (self.scale, *self.others)
+        return self.data.n_bytes + sum(ref.n_bytes for ref in others)
 
 
 class SlabOp(StrEnum):
@@ -166,10 +179,22 @@ class SlabOp(StrEnum):
 
     COPY = "copy"
     TRANSPOSE = "transpose"  # [r, c] -> [c, r]
+    PLUS_ONE = "plus-one"  # w -> 1 + w
+    EVEN_ROWS = "even-rows"  # [2r, c] -> [r, c]
+    ODD_ROWS = "odd-rows"
+    EVEN_COLUMNS = "even-columns"  # [r, 2c] -> [r, c]
+    ODD_COLUMNS = "odd-columns"
+    EVEN_COLUMNS_AS_ROWS = "even-columns-as-rows"  # [r, 2c] -> [c, r]
+    ODD_COLUMNS_AS_ROWS = "odd-columns-as-rows"
     INTERLEAVE = "interleave"  # half-split rope rows -> adjacent pairs: out 2j+s <- in s*n/2+j
     SPLIT_2D = (
         "split-2d"  # interleaved 2-D rope rows [n/4, 2, 2] -> first axis's pairs, then the second's
     )
+
+    @property
+    def keeps_rows_whole(self) -> bool:
+        """Whether it only chooses rows and their order, so that stored rows can be moved as is."""
+        return self in (self.COPY, self.EVEN_ROWS, self.ODD_ROWS, self.INTERLEAVE, self.SPLIT_2D)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -38,11 +41,25 @@ def read_rows(checkpoint: Checkpoint, spec: TensorSpec, begin: int, end: int) ->
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def rearranged(x: Tile, op: SlabOp) -> Tile:
-    """The rows of a slab in the order that llama.cpp wants; see `SlabOp`."""
+_EVERY_SECOND: dict[SlabOp, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+    SlabOp.EVEN_ROWS: lambda x: x[0::2],
+    SlabOp.ODD_ROWS: lambda x: x[1::2],
+    SlabOp.EVEN_COLUMNS: lambda x: x[:, 0::2],
+    SlabOp.ODD_COLUMNS: lambda x: x[:, 1::2],
+    SlabOp.EVEN_COLUMNS_AS_ROWS: lambda x: x[:, 0::2].T,
+    SlabOp.ODD_COLUMNS_AS_ROWS: lambda x: x[:, 1::2].T,
+}
+
+
+def rearranged(x: npt.NDArray[Any], op: SlabOp) -> npt.NDArray[Any]:
+    """The rows of a slab in the order that llama.cpp wants, values or blocks; see `SlabOp`."""
     n_rows, n_cols = x.shape
     if op is SlabOp.TRANSPOSE:
         return np.ascontiguousarray(x.T)
+    if op is SlabOp.PLUS_ONE:
+        return x + np.float32(1)
+    if op in _EVERY_SECOND:
+        return np.ascontiguousarray(_EVERY_SECOND[op](x))
     if op is SlabOp.INTERLEAVE:
         return x.reshape(2, n_rows // 2, n_cols).swapaxes(0, 1).reshape(n_rows, n_cols)
     if op is SlabOp.SPLIT_2D:

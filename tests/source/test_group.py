@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 
 from quantkit.errors import SourceError, UnsupportedError
+from quantkit.source.formats.fp8 import Grid
 from quantkit.source.packed import group_weights
 from quantkit.types import TensorRef, Weight, WeightFormat
 from tests.builders.safetensors import dtype_bits, int4_config
 
 INT4 = {"quantization_config": int4_config()}
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+def fp8_config(**members):
+    return {"quantization_config": {"quant_method": "fp8", **members}}
+
+
+FP8 = fp8_config(weight_block_size=[128, 128])
 
 
 def stored(**tensors):
@@ -34,6 +41,14 @@ def int4_parts(**replaced):
         **replaced,
     }
     return stored(**{name: part for name, part in parts.items() if part})
+
+
+def with_group(**weights):
+    return {"quantization_config": int4_config(**weights)}
+
+
+def with_scheme(**members):
+    return {"quantization_config": {**int4_config(), **members}}
 
 
 def fp8_parts(**replaced):
@@ -83,17 +98,18 @@ def test_stacked_experts_may_be_packed_too():
 
 
 @pytest.mark.parametrize(
-    ("config", "scale_shape"),
+    ("config", "scale_shape", "block"),
     [
-        ({}, (2, 3)),
-        (FP8, (2, 3)),
-        ({"text_config": FP8}, (2, 3)),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 100]}}, (3, 3)),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 300]}}, (130, 1)),
+        ({}, (2, 3), (128, 128)),
+        (FP8, (2, 3), (128, 128)),
+        ({"text_config": FP8}, (2, 3), (128, 128)),
+        (fp8_config(weight_block_size=[64, 100]), (3, 3), (64, 100)),
+        (fp8_config(weight_block_size=[1, 300]), (130, 1), (1, 300)),
     ],
 )
-def test_fp8_with_a_multiplier_per_block_is_one_weight(config, scale_shape):
-    refs = fp8_parts(x__weight_scale_inv=("BF16", *scale_shape))
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F8_E8M0"])
+def test_fp8_with_a_multiplier_per_block_is_one_weight(dtype, config, scale_shape, block):
+    refs = fp8_parts(x__weight_scale_inv=(dtype, *scale_shape))
     assert group_weights(refs, config) == {
         "x.weight": Weight(
             "x.weight",
@@ -101,6 +117,7 @@ def test_fp8_with_a_multiplier_per_block_is_one_weight(config, scale_shape):
             (130, 300),
             refs["x.weight"],
             refs["x.weight_scale_inv"],
+            Grid(130, *block),
         )
     }
 
@@ -123,7 +140,7 @@ def test_stacked_fp8_experts_have_blocks_of_their_own():
             int4_parts(x__weight_scale=("BF16", 6, 3)),
             INT4,
             "x.weight_scale",
-            "has the shape [6, 3], expected [6, 2]",
+            "has the shape [6, 3]: groups of 32 columns of 4 bits do not fill",
         ),
         (
             int4_parts(x__weight_scale=("BF16", 5, 2)),
@@ -138,6 +155,14 @@ def test_stacked_fp8_experts_have_blocks_of_their_own():
             "has the shape [3], expected [2]",
         ),
         (int4_parts(x__weight_shape=("F32", 2)), INT4, "x.weight_shape", "is F32"),
+        (int4_parts(), with_group(num_bits=8), "x.weight_scale", "do not fill x.weight_packed"),
+        (int4_parts(), with_group(num_bits=3), "x.weight_scale", "do not fill x.weight_packed"),
+        (int4_parts(), with_group(group_size=128), "x.weight_scale", "do not fill"),
+        (int4_parts(), with_group(strategy="channel"), "x.weight_scale", "expected [6, 1]"),
+        (int4_parts(), with_group(symmetric=False), "x.weight_packed", "zero_point is missing"),
+        (int4_parts(), with_scheme(config_groups=[1]), "quantization_config", "an object of"),
+        (int4_parts(), with_scheme(config_groups={"g": 1}), "quantization_config", "an object of"),
+        (int4_parts(), with_scheme(config_groups={"g": {"weights": 3}}), "config", "an object"),
         (int4_parts(x__weight_packed=("I32", 8)), INT4, "x.weight_packed", "has the shape [8]"),
         (int4_parts(x__weight_packed=("I32", 0, 8)), INT4, "x.weight_packed", "the shape [0, 8]"),
         (
@@ -164,34 +189,27 @@ def test_tensors_that_contradict_each_other_are_refused(refs, config, named, mes
     assert message in caught.value.message
 
 
-def with_group(**weights):
-    return {"quantization_config": int4_config(**weights)}
-
-
-def with_scheme(**members):
-    return {"quantization_config": {**int4_config(), **members}}
-
-
 UNSUPPORTED = {
-    "3 bits": (int4_parts(), with_group(num_bits=3), "num_bits 3, expected 4"),
-    "8 bits": (int4_parts(), with_group(num_bits=8), "num_bits 8"),
-    "groups of 128": (int4_parts(), with_group(group_size=128), "group_size 128"),
-    "one scale a row": (int4_parts(), with_group(strategy="channel"), "strategy channel"),
-    "asymmetric": (int4_parts(), with_group(symmetric=False), "symmetric False"),
+    "9 bits": (int4_parts(), with_group(num_bits=9), "9 bits of type int"),
     "symmetry not declared": (int4_parts(), with_group(symmetric=None), "symmetric None"),
-    "actorder": (int4_parts(), with_group(actorder="group"), "actorder group"),
+    "actorder without g_idx": (int4_parts(), with_group(actorder="group"), "actorder group"),
     "float type": (int4_parts(), with_group(type="float"), "type float"),
-    "dynamic": (int4_parts(), with_group(dynamic=True), "dynamic True"),
-    "other format": (int4_parts(), with_scheme(format="int-quantized"), "format int-quantized"),
+    "dynamic": (int4_parts(), with_group(dynamic=True), "dynamic"),
+    "other strategy": (int4_parts(), with_group(strategy="token"), "strategy token"),
+    "group size is no number": (int4_parts(), with_group(group_size="32"), "group_size 32"),
+    "other format": (int4_parts(), with_scheme(format="sparse-bitmask"), "'sparse-bitmask'"),
     "other format in a group": (
         int4_parts(),
         with_scheme(config_groups={"g": {"format": "marlin-24", "weights": {}}}),
-        "format marlin-24",
+        "'marlin-24'",
     ),
-    "no group": (int4_parts(), with_scheme(config_groups={}), "format"),
-    "groups are a list": (int4_parts(), with_scheme(config_groups=[1]), "not of compressed"),
-    "group is no object": (int4_parts(), with_scheme(config_groups={"g": 1}), "says nothing"),
-    "second group of 8 bits": (
+    "sparse": (
+        int4_parts(),
+        with_scheme(sparsity_config={"format": "sparse-24-bitmask"}),
+        "stored sparse",
+    ),
+    "no group": (int4_parts(), with_scheme(config_groups={}), "no config group"),
+    "second group for the same classes": (
         int4_parts(),
         with_scheme(
             config_groups={
@@ -199,84 +217,59 @@ UNSUPPORTED = {
                 **{"h": int4_config(num_bits=8)["config_groups"]["group_0"]},
             }
         ),
-        "num_bits 8",
+        "no config group",
     ),
     "rotated": (
         int4_parts(),
         with_scheme(transform_config={"config_groups": {"R1": {}}}),
         "transform_config",
     ),
-    "packed without a scheme": (int4_parts(), {}, "no quantization_config"),
-    "packed under FP8": (int4_parts(), FP8, "not of compressed-tensors"),
-    "zero points": (
+    "packed without a scheme": (int4_parts(), {}, "no config group"),
+    "packed under FP8": (int4_parts(), FP8, "no config group"),
+    "zero points of a symmetric weight": (
         {**int4_parts(), **stored(x__weight_zero_point=("I32", 1, 2))},
         INT4,
-        "zero points",
+        "goes with x.weight_packed",
     ),
-    "g_idx": ({**int4_parts(), **stored(x__weight_g_idx=("I32", 64))}, INT4, "g_idx"),
-    "MXFP4": (int4_parts(x__weight_packed=("U8", 6, 32)), INT4, "packed in U8"),
-    "NVFP4": (
-        stored(x__weight_packed=("U8", 6, 32), x__weight_global_scale=("F32", 1)),
-        INT4,
-        "missing|packed in U8",
-    ),
+    "packed in bytes": (int4_parts(x__weight_packed=("U8", 6, 32)), INT4, "packed in U8"),
+    "packed in I64": (int4_parts(x__weight_packed=("I64", 6, 4)), INT4, "packed in I64"),
     "E8M0 scales": (int4_parts(x__weight_scale=("F8_E8M0", 6, 2)), INT4, "scale in F8_E8M0"),
-    "41 columns in groups of 32": (
-        int4_parts(x__weight_packed=("I32", 6, 9), x__weight_scale=("BF16", 6, 3)),
+    "FP8 without scales": (fp8_parts(x__weight_scale_inv=None), FP8, "without a weight_scale"),
+    "FP8 in a group of integers": (
+        stored(x__weight=("F8_E4M3", 4, 4), x__weight_scale=("F32", 1)),
         INT4,
-        "72 columns, not a multiple of 32",
-    ),
-    "FP8 without scales": (fp8_parts(x__weight_scale_inv=None), FP8, "without a weight_scale_inv"),
-    "FP8 with a scale a tensor": (
-        stored(x__weight=("F8_E4M3", 4, 4), x__weight_scale=("F32",)),
-        FP8,
-        "without a weight_scale_inv",
+        "its config group says 4-bit int",
     ),
     "E5M2": (fp8_parts(x__weight=("F8_E5M2", 130, 300)), FP8, "F8_E5M2"),
     "FP8 of AMD": (fp8_parts(x__weight=("F8_E4M3FNUZ", 130, 300)), FP8, "F8_E4M3FNUZ"),
-    "scales of BF16": (fp8_parts(x__weight=("BF16", 130, 300)), FP8, "in BF16, expected F8_E4M3"),
-    "E8M0 multipliers": (
-        fp8_parts(x__weight_scale_inv=("F8_E8M0", 2, 3)),
+    "scales of BF16": (
+        fp8_parts(x__weight=("BF16", 130, 300)),
         FP8,
-        "scale in F8_E8M0",
+        "goes with x.weight, which is stored as BF16",
     ),
-    "W8A8": (
+    "I8 without a group": (
         stored(x__weight=("I8", 4, 4), x__weight_scale=("BF16", 4, 1)),
-        with_scheme(format="int-quantized"),
-        "stored as I8",
+        {},
+        "no config group",
     ),
-    "W8A8, scale first": (
+    "I8 of 4 bits": (
         stored(x__weight_scale=("BF16", 4, 1), x__weight=("I8", 4, 4)),
-        with_scheme(format="int-quantized"),
-        "which is not packed",
+        INT4,
+        "I8 with num_bits 4",
     ),
-    "GPTQ": (
-        stored(x__qweight=("I32", 4, 4), x__scales=("F16", 1, 4)),
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quant_method 'gptq'",
-    ),
-    "GPTQ without a scheme": (stored(x__qweight=("I32", 4, 4)), {}, "GPTQ or AWQ"),
-    "AWQ": (
+    "GPTQ without a scheme": (stored(x__qweight=("I32", 4, 4)), {}, "neither gptq nor awq"),
+    "zeros alone": (
         stored(x__qzeros=("I32", 4, 4)),
         {"quantization_config": {"quant_method": "awq"}},
-        "quant_method 'awq'",
+        "x.qweight is missing",
     ),
-    "bitsandbytes": (
-        stored(x__weight=("U8", 8, 1), x__weight__absmax=("U8", 1)),
-        {"quantization_config": {"quant_method": "bitsandbytes"}},
-        "quant_method 'bitsandbytes'",
-    ),
-    "bitsandbytes without a scheme": (stored(x__weight=("U8", 8, 1)), {}, "stored as U8"),
-    "bitsandbytes int8": (stored(x__SCB=("F32", 8)), {}, "bitsandbytes"),
-    "gpt-oss": (
-        stored(experts__down_proj_blocks=("U8", 2, 4, 2, 16)),
-        {"quantization_config": {"quant_method": "mxfp4"}},
-        "quant_method 'mxfp4'",
-    ),
-    "gpt-oss without a scheme": (
-        stored(experts__down_proj_blocks=("U8", 2, 4, 2, 16)),
-        {},
-        "stored as U8",
+    "bytes": (stored(x__weight=("U8", 8, 1)), {}, "stored as U8"),
+    "bitsandbytes int8 scales alone": (stored(x__SCB=("F32", 8)), {}, "x.weight is missing"),
+    "scales of gpt-oss alone": (stored(e__down_proj_scales=("U8", 2, 4, 2)), {}, "stored as U8"),
+    "AWQ's scales of activations": (
+        stored(x__weight=("BF16", 4, 4), x__pre_quant_scale=("BF16", 4)),
+        {"quantization_config": {"quant_method": "modelopt"}},
+        "goes with x.weight",
     ),
     "plain values of an unknown method": (
         stored(x__weight=("BF16", 4, 4)),
@@ -301,7 +294,7 @@ def test_a_foreign_format_is_refused_by_the_name_of_a_tensor(case):
     assert name in refs
     if "missing" not in message:
         assert isinstance(caught.value, UnsupportedError)
-        assert "INT4" in caught.value.hint
+        assert "docs/source-formats.md" in caught.value.hint
 
 
 @pytest.mark.parametrize(
