@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from quantkit.errors import SourceError, UnsupportedError
-from quantkit.types import GgmlType, Kv, Slab, SlabOp, TensorSpec, Weight
+from quantkit.types import GgmlType, Kv, Slab, SlabOp, TensorSpec, Weight, WeightFormat
 
 _T = TypeVar("_T", int, float, str, bool)
 
 # A count in config.json beyond this is an attack or a typo; nothing real comes near it.
 _MAX_COUNT = 1 << 31
+_MAX_F32 = 3.4028234e38
+
+# What works for a model that no family here describes.
+OTHER_WAY = (
+    "if llama.cpp's own converter takes the model, give quantkit the F16, BF16 or F32 GGUF that it "
+    "makes"
+)
 
 # Checkpoints of one family are published under several prefixes; families see none of them.
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
@@ -54,6 +61,14 @@ class Family(Protocol):
     """One row of the table of families: the class names in config.json, and the description."""
 
     @property
+    def title(self) -> str:
+        """What people call the models."""
+
+    @property
+    def arch(self) -> str:
+        """llama.cpp's name of the architecture."""
+
+    @property
     def architectures(self) -> tuple[str, ...]:
         """Class names as in config.json."""
 
@@ -69,6 +84,12 @@ class Config:
         self.raw = raw
         self.text: dict[str, Any] = {**raw, **text} if isinstance(text, dict) else dict(raw)
 
+    def over(self, defaults: Mapping[str, Any]) -> Config:
+        """This config with `defaults` for what it does not say."""
+        config = Config(self.raw)
+        config.text = {**defaults, **{k: v for k, v in self.text.items() if v is not None}}
+        return config
+
     def count(self, key: str, default: int | None = None) -> int:
         """A non-negative integer; `default` where the key is absent or null."""
         value = self._get(key, int, default)
@@ -77,7 +98,7 @@ class Config:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite float."""
+        """A finite float that an f32 can hold."""
         return float(self._get(key, float, default))
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -104,7 +125,9 @@ class Config:
                 raise SourceError(f"{key} is missing", where="config.json")
             return default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind is float and is_number and abs(value) < float("inf"):
+        if kind is float and is_number:
+            if not abs(value) <= _MAX_F32:
+                raise SourceError(f"{key} = {value!r:.60} is out of range", where="config.json")
             return kind(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise SourceError(
@@ -150,6 +173,11 @@ class WeightMap:
         self._left.pop(name, None)
         return weight
 
+    def format(self, name: str) -> WeightFormat | None:
+        """How a weight is stored, or None where there is none of that name."""
+        weight = self._weights.get(name)
+        return weight.format if weight else None
+
     def ignore(self, name: str, reason: str) -> None:
         """Say that a weight is left out on purpose."""
         if name in self._left:
@@ -169,6 +197,11 @@ class WeightMap:
                 where="checkpoint",
                 hint="a converted file would silently lack them, so nothing is converted",
             )
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise `UnsupportedError` for a config that llama.cpp would run as something else."""
+    raise UnsupportedError(message, where="config.json", hint=OTHER_WAY)
 
 
 def canonical_name(name: str) -> str:

@@ -6,8 +6,6 @@ GGUF architecture `deepseek2`. MLA is served as MQA: `kv_b_proj` is split per he
 
 from __future__ import annotations
 
-import re
-
 from quantkit.arch.base import (
     Advice,
     Config,
@@ -21,6 +19,7 @@ from quantkit.arch.base import (
     swiglu,
     swiglu_shapes,
 )
+from quantkit.arch.decoder import ignore_unused
 from quantkit.arch.rope import rope_kvs
 from quantkit.container.kv import boolean, f32, u32
 from quantkit.errors import UnsupportedError
@@ -28,13 +27,13 @@ from quantkit.types import Kv, Slab, SlabOp, TensorSpec
 
 ARCH = "deepseek2"
 _GATING = {"softmax": 1, "sigmoid": 2}
-_LAYER = re.compile(r"layers\.(\d+)\.")
-_VISION = ("vision_tower.", "mm_projector.", "vision_model.", "multi_modal_projector.")
 
 
 class DeepSeek:
     """The `deepseek2` family."""
 
+    title = "DeepSeek V2, V3, R1; Kimi K2 to K2.6"
+    arch = ARCH
     architectures = (
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
@@ -46,14 +45,7 @@ class DeepSeek:
         """See `Family.describe`."""
         n_layers = config.count("num_hidden_layers")
         _check_lite(config, n_layers)
-        for name in weights.names():
-            layer = _LAYER.match(name)
-            if layer and int(layer[1]) >= n_layers:
-                weights.ignore(name, "multi-token prediction; llama.cpp does not run it here")
-            elif name.startswith(_VISION):
-                weights.ignore(name, "vision; goes into the mmproj file")
-            elif name.endswith(".rotary_emb.inv_freq"):
-                weights.ignore(name, "recomputed at run time")
+        ignore_unused(weights, n_layers)
         embedding, head = ends(config, weights)
         tensors = [embedding]
         for i in range(n_layers):

@@ -118,4 +118,4 @@ def describe_name(kvs: Mapping[str, Kv], fallback: str) -> str:
     name = kvs.get("general.name")
     text = str(name.value) if name and name.type is KvType.STRING else fallback
     kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-._")
-    return kept[:120] or "model"
+    return kept.encode()[:120].decode(errors="ignore") or "model"

@@ -1,4 +1,4 @@
-"""Llama 2/3, Mistral, SmolLM2: grouped-query attention and a SwiGLU MLP. GGUF `llama`.
+"""Llama 2/3, Mistral, SmolLM2, and Mixtral with its experts. GGUF `llama`.
 
 llama.cpp rotates adjacent pairs, Hugging Face rotates halves, so the rows of q and k are
 interleaved head by head.
@@ -6,102 +6,46 @@ interleaved head by head.
 
 from __future__ import annotations
 
-from quantkit.arch.base import Config, Model, WeightMap, ends, matrix, norm, swiglu, whole
-from quantkit.arch.rope import rope_freqs, rope_kvs
-from quantkit.container.kv import f32, u32
-from quantkit.errors import SourceError, UnsupportedError
-from quantkit.types import GgmlType, Kv, Slab, SlabOp, TensorSpec, Weight
+from quantkit.arch.base import Advice, Config
+from quantkit.arch.decoder import ATTN_NORM, FFN_NORM, Decoder, Row, attention, head_dim
+from quantkit.container.kv import u32
+from quantkit.types import Kv
 
-ARCH = "llama"
+_EXPERT = "block_sparse_moe.experts.{e}."
 
 
-class Llama:
-    """The `llama` family."""
+class Llama(Decoder):
+    """The `llama` family without experts."""
 
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM")
+    title = "Llama, Mistral"
+    arch = "llama"
+    architectures: tuple[str, ...] = ("LlamaForCausalLM", "MistralForCausalLM")
+    layer = (ATTN_NORM, *attention(biases="qkvo", adjacent=True), FFN_NORM)
 
-    def describe(self, config: Config, weights: WeightMap) -> Model:
-        """See `Family.describe`."""
-        if config.string("hidden_act", "silu") != "silu":
-            raise UnsupportedError("hidden_act is not silu", where="config.json")
-        for name in weights.names():
-            if name.endswith(".rotary_emb.inv_freq"):
-                weights.ignore(name, "recomputed at run time")
-        embedding, head = ends(config, weights)
-        tensors = [embedding]
-        if freqs := rope_freqs(config, _head_dim(config)):
-            tensors.append(freqs)
-        for i in range(config.count("num_hidden_layers")):
-            tensors += self._layer(config, weights, i)
-        tensors += head
-        weights.refuse_leftovers("Llama")
-        return Model(ARCH, tuple(tensors), self._kvs(config), ignored=weights.ignored)
-
-    def _layer(self, config: Config, weights: WeightMap, i: int) -> list[TensorSpec]:
-        hidden, width = config.count("hidden_size"), config.count("intermediate_size")
-        n_heads, head_dim = config.count("num_attention_heads"), _head_dim(config)
-        n_kv = config.count("num_key_value_heads", n_heads)
-        hf, blk = f"layers.{i}.", f"blk.{i}."
-        before = weights.take(f"{hf}input_layernorm.weight", hidden)
-        after = weights.take(f"{hf}post_attention_layernorm.weight", hidden)
-        tensors = [norm(f"{blk}attn_norm.weight", i, before)]
-        for part, rows in (("q", n_heads), ("k", n_kv), ("v", n_kv)):
-            name = f"{hf}self_attn.{part}_proj"
-            weight = weights.take(f"{name}.weight", rows * head_dim, hidden)
-            heads = 0 if part == "v" else rows
-            tensors.append(
-                _rotated(f"{blk}attn_{part}.weight", f"attention.{part}", i, weight, heads)
-            )
-            if f"{name}.bias" in weights:
-                offset = weights.take(f"{name}.bias", rows * head_dim)
-                tensors.append(
-                    _rotated(f"{blk}attn_{part}.bias", f"attention.{part}", i, offset, heads)
-                )
-        out = weights.take(f"{hf}self_attn.o_proj.weight", hidden, n_heads * head_dim)
-        tensors += [
-            matrix(f"{blk}attn_output.weight", "attention.output", i, out),
-            norm(f"{blk}ffn_norm.weight", i, after),
-        ]
-        tensors += swiglu(weights, f"{hf}mlp.", blk, "dense_ffn", i, (width, hidden))
-        return tensors
-
-    def _kvs(self, config: Config) -> dict[str, Kv]:
-        n_heads, head_dim = config.count("num_attention_heads"), _head_dim(config)
-        kvs = {
+    def kvs(self, config: Config) -> dict[str, Kv]:
+        """Also the vocabulary's size, by which llama.cpp tells some models apart."""
+        return super().kvs(config) | {
             "vocab_size": u32(config.count("vocab_size")),
-            "block_count": u32(config.count("num_hidden_layers")),
-            "context_length": u32(config.count("max_position_embeddings")),
-            "embedding_length": u32(config.count("hidden_size")),
-            "feed_forward_length": u32(config.count("intermediate_size")),
-            "attention.head_count": u32(n_heads),
-            "attention.head_count_kv": u32(config.count("num_key_value_heads", n_heads)),
-            "attention.layer_norm_rms_epsilon": f32(config.number("rms_norm_eps", 1e-6)),
-            "rope.dimension_count": u32(head_dim),
+            "rope.dimension_count": u32(head_dim(config)),
         }
-        if config.has("head_dim"):
-            kvs["attention.key_length"] = u32(head_dim)
-            kvs["attention.value_length"] = u32(head_dim)
-        kvs |= rope_kvs(config)
-        return {f"{ARCH}.{key}": kv for key, kv in kvs.items()}
+
+    def advice(self, config: Config) -> tuple[Advice, ...]:
+        """Mistral 7B v0.1 was trained with a window that llama.cpp does not know of."""
+        window = config.count("sliding_window", 0)
+        if not 0 < window < config.count("max_position_embeddings"):
+            return ()
+        reason = f"attention reaches back {window} tokens; llama.cpp lets it reach further"
+        return (Advice(f"--ctx-size {window}", reason),)
 
 
-def _head_dim(config: Config) -> int:
-    hidden, n_heads = config.count("hidden_size"), config.count("num_attention_heads")
-    if n_heads == 0:
-        raise SourceError("num_attention_heads is 0", where="config.json")
-    head_dim = config.count("head_dim", hidden // n_heads)
-    if head_dim % 2:
-        raise SourceError(f"head_dim {head_dim} is odd", where="config.json")
-    return head_dim
+class Mixtral(Llama):
+    """The `llama` family with experts in every layer."""
 
-
-def _rotated(name: str, role: str, layer: int, weight: Weight, n_heads: int) -> TensorSpec:
-    """Rows of q or k, interleaved head by head; `n_heads` 0 leaves them as they are (v)."""
-    keep = GgmlType.F32 if len(weight.shape) == 1 else None
-    if not n_heads:
-        return TensorSpec(name, role, layer, weight.shape, whole(weight), keep=keep)
-    per_head = weight.shape[0] // n_heads
-    slabs = tuple(
-        Slab(weight, h * per_head, (h + 1) * per_head, SlabOp.INTERLEAVE) for h in range(n_heads)
+    title = "Mixtral"
+    architectures = ("MixtralForCausalLM",)
+    routed = (
+        Row("ffn_gate_inp.weight", "block_sparse_moe.gate.weight", "router", "experts hidden"),
+        Row("ffn_gate_exps.weight", f"{_EXPERT}w1.weight", "routed_expert.gate", "ffn hidden"),
+        Row("ffn_up_exps.weight", f"{_EXPERT}w3.weight", "routed_expert.up", "ffn hidden"),
+        Row("ffn_down_exps.weight", f"{_EXPERT}w2.weight", "routed_expert.down", "hidden ffn"),
     )
-    return TensorSpec(name, role, layer, weight.shape, slabs, keep=keep)

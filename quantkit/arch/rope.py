@@ -6,12 +6,13 @@ from math import pi
 
 from quantkit.arch.base import Config
 from quantkit.container.kv import f32, string, u32
-from quantkit.errors import UnsupportedError
+from quantkit.errors import SourceError, UnsupportedError
 from quantkit.types import GgmlType, Kv, TensorSpec
 
 # Kinds that change nothing, kinds that a KV describes, and the one that is a tensor.
 _PLAIN = ("default", "none")
 _TENSOR = "llama3"
+LONG = ("longrope", "su")  # Phi: two tensors
 
 
 def scaling(config: Config) -> tuple[str, Config] | None:
@@ -19,7 +20,7 @@ def scaling(config: Config) -> tuple[str, Config] | None:
 
     Reads `rope_scaling` (published checkpoints) and `rope_parameters` (transformers 5).
     """
-    section = config.section("rope_parameters") or config.section("rope_scaling")
+    section = _section(config) or config.section("rope_scaling")
     if section is None:
         return None
     kind = section.string("rope_type", section.string("type", "default"))
@@ -27,15 +28,60 @@ def scaling(config: Config) -> tuple[str, Config] | None:
 
 
 def base_frequency(config: Config) -> float:
-    """Theta of the rotary embedding."""
+    """Theta of the rotary embedding, where layers differ that of the ones without a window."""
+    section = _section(config)
+    theta = config.number("rope_theta", 10000.0)
+    return section.number("rope_theta", theta) if section else theta
+
+
+def rotary_share(config: Config, default: float) -> float:
+    """The part of a head that is rotated, 0 to 1."""
+    section = _section(config)
+    given = section.number("partial_rotary_factor", default) if section else default
+    share = config.number("partial_rotary_factor", given)
+    if not 0 < share <= 1:
+        raise SourceError(f"partial_rotary_factor {share:g}", where="config.json")
+    return share
+
+
+def _section(config: Config) -> Config | None:
+    """`rope_parameters`; where it differs by kind of layer, that of full attention."""
     section = config.section("rope_parameters")
-    fallback = section.number("rope_theta", 10000.0) if section else 10000.0
-    return config.number("rope_theta", fallback)
+    return section and (section.section("full_attention") or section)
 
 
-def rope_kvs(config: Config) -> dict[str, Kv]:
-    """`rope.freq_base` and `rope.scaling.*`, without the architecture's prefix."""
+def _local_base(config: Config) -> float | None:
+    """Theta of layers with a window, where they have their own (Gemma 3)."""
+    section = config.section("rope_parameters")
+    local = section.section("sliding_attention") if section else None
+    if local is not None:
+        if local.string("rope_type", "default") not in _PLAIN:
+            raise UnsupportedError("scaled rope on layers with a window", where="config.json")
+        return local.number("rope_theta")
+    return config.number("rope_local_base_freq") if config.has("rope_local_base_freq") else None
+
+
+def factors(name: str, values: object, n_rotated: int) -> TensorSpec:
+    """Frequency divisors from config.json as a tensor, one for each rotated pair."""
+    if not isinstance(values, list) or len(values) != n_rotated // 2:
+        raise SourceError(
+            f"{name} should be {n_rotated // 2} numbers, got {str(values)[:60]}",
+            where="config.json",
+        )
+    numbers = tuple(float(v) for v in values if isinstance(v, int | float) and v > 0)
+    if len(numbers) != len(values):
+        raise SourceError(f"{name} holds something that is no factor", where="config.json")
+    return TensorSpec(name, "rope_freqs", None, (len(numbers),), (), numbers, GgmlType.F32)
+
+
+def rope_kvs(config: Config, *, long_rope: bool = False) -> dict[str, Kv]:
+    """`rope.freq_base` and `rope.scaling.*`, without the architecture's prefix.
+
+    LongRoPE has no key: who says `long_rope` brings its factors as tensors.
+    """
     kvs = {"rope.freq_base": f32(base_frequency(config))}
+    if local := _local_base(config):
+        kvs["rope.freq_base_swa"] = f32(local)
     kind, section = scaling(config) or ("", config)
     if kind == "linear":
         kvs["rope.scaling.type"] = string("linear")
@@ -53,7 +99,7 @@ def rope_kvs(config: Config) -> dict[str, Kv]:
         ):
             if section.has(key):
                 kvs[f"rope.scaling.{name}"] = f32(section.number(key))
-    elif kind not in ("", _TENSOR):
+    elif kind not in ("", _TENSOR) and not (long_rope and kind in LONG):
         raise UnsupportedError(f"rope scaling {kind!r} is not known", where="config.json")
     return kvs
 
@@ -71,6 +117,12 @@ def rope_freqs(config: Config, head_dim: int) -> TensorSpec | None:
     low, high = section.number("low_freq_factor", 1.0), section.number("high_freq_factor", 4.0)
     original = section.count("original_max_position_embeddings", 8192)
     theta = base_frequency(config)
+    if not (factor > 0 and 0 < low < high and original > 0 and theta > 0):
+        raise SourceError(
+            f"no frequencies come of rope_theta {theta}, factor {factor}, low_freq_factor {low}, "
+            f"high_freq_factor {high} and original_max_position_embeddings {original}",
+            where="config.json",
+        )
     divisors = []
     for i in range(head_dim // 2):
         wavelength = 2 * pi * theta ** (2 * i / head_dim)

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.forward.hyper import Hyper, Mla, Moe
 from quantkit.forward.matrices import Matrices
-from quantkit.forward.rotary import Angles, rotate
+from quantkit.forward.rotary import Angles, Turns, rotate
 
 _SCORE_BYTES = 4 << 20  # attention scores at once: what a cache of a CPU about holds
 
@@ -24,39 +24,70 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def attention(
-    m: Matrices, hyper: Hyper, layer: int, x: torch.Tensor, lengths: Sequence[int], turns: Angles
+    m: Matrices, hyper: Hyper, layer: int, x: torch.Tensor, lengths: Sequence[int], turns: Turns
 ) -> torch.Tensor:
     """Normed x f32[n_tok, hidden] of whole sequences in a row, to f32[n_tok, hidden]."""
     blk = f"blk.{layer}."
     if hyper.mla:
-        mixed = _latent_attention(m, hyper, hyper.mla, blk, x, lengths, turns)
+        mixed = _latent_attention(m, hyper, hyper.mla, blk, x, lengths, turns.full)
     else:
-        mixed = _grouped_attention(m, hyper, blk, x, lengths, turns)
+        mixed = _grouped_attention(m, hyper, layer, x, lengths, turns)
     name = f"{blk}attn_output.weight"
     _observe(m, (name,), mixed)
-    return m.apply(name, mixed)
+    return normed(m, f"{blk}post_attention_norm.weight", hyper, layer, m.apply(name, mixed))
+
+
+def ffn_norm(m: Matrices, layer: int) -> str:
+    """The norm before the feed-forward; GLM's and gpt-oss's is called after what precedes it."""
+    name = f"blk.{layer}.ffn_norm.weight"
+    return name if name in m else f"blk.{layer}.post_attention_norm.weight"
+
+
+def normed(m: Matrices, name: str, hyper: Hyper, layer: int, y: torch.Tensor) -> torch.Tensor:
+    """y as it is added to the hidden states: as it is, or where `name` is a norm of it, normed."""
+    if name not in m or name == ffn_norm(m, layer):
+        return y
+    return rms_norm(y, m.vector(name), hyper.eps)
 
 
 def _grouped_attention(
-    m: Matrices, hyper: Hyper, blk: str, x: torch.Tensor, lengths: Sequence[int], turns: Angles
+    m: Matrices, hyper: Hyper, layer: int, x: torch.Tensor, lengths: Sequence[int], turns: Turns
 ) -> torch.Tensor:
-    names = (f"{blk}attn_q.weight", f"{blk}attn_k.weight", f"{blk}attn_v.weight")
-    _observe(m, names, x)
-    q, k, v = (
-        m.apply(name, x).unflatten(-1, (n_heads, dim))
-        for name, n_heads, dim in zip(
-            names,
-            (hyper.n_heads, hyper.n_kv_heads, hyper.n_kv_heads),
-            (hyper.k_dim, hyper.k_dim, hyper.v_dim),
-            strict=True,
-        )
-    )
+    blk, window = f"blk.{layer}.", hyper.window_of(layer)
+    q, k, v = _queries_keys_values(m, hyper, blk, x)
+    sinks = f"{blk}attn_sinks.weight"
+    sink = m.vector(sinks) if sinks in m else None
     parts = []
     for span in _spans(lengths):
-        angles = _until(turns, span)
+        angles = _until(turns.local if window else turns.full, span)
         q_s, k_s = rotate(q[span], angles), rotate(k[span], angles)
-        parts.append(_attend(m, hyper, q_s, k_s, v[span]).transpose(0, 1).flatten(1))
+        mixed = _attend(m, hyper, q_s, k_s, v[span], window, sink)
+        parts.append(mixed.transpose(0, 1).flatten(1))
     return torch.cat(parts)
+
+
+def _queries_keys_values(
+    m: Matrices, hyper: Hyper, blk: str, x: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values f32[n_tok, heads, dim], normed but not yet rotated."""
+    counts = (hyper.n_heads, hyper.n_kv_heads, hyper.n_kv_heads)
+    dims = (hyper.k_dim, hyper.k_dim, hyper.v_dim)
+    fused = f"{blk}attn_qkv.weight"
+    if fused in m:
+        _observe(m, (fused,), x)
+        widths = [n * dim for n, dim in zip(counts, dims, strict=True)]
+        flat = list(m.apply(fused, x).split(widths, -1))
+    else:
+        names = tuple(f"{blk}attn_{part}.weight" for part in "qkv")
+        _observe(m, names, x)
+        flat = [m.apply(name, x) for name in names]
+    for i, part in enumerate("qk"):
+        name = f"{blk}attn_{part}_norm.weight"
+        if name in m:  # of each head, or of all at once
+            weight = m.vector(name)
+            flat[i] = rms_norm(flat[i].unflatten(-1, (-1, len(weight))), weight, hyper.eps)
+            flat[i] = flat[i].flatten(-2)
+    return tuple(y.unflatten(-1, (n, dim)) for y, n, dim in zip(flat, counts, dims, strict=True))
 
 
 def _latent_attention(
@@ -99,12 +130,18 @@ def _latent_attention(
 
 
 def _attend(
-    m: Matrices, hyper: Hyper, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    m: Matrices,
+    hyper: Hyper,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int = 0,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal, one sequence: q, k, v f32[n_tok, heads, dim] to f32[heads, n_tok, dim].
 
-    A block of queries meets the keys up to its own last one only, and all heads that share keys
-    are one product.
+    A block of queries meets the keys that it can see only, and all heads that share keys are one
+    product. `sink` f32[heads] is one more logit, whose share goes to nothing.
     """
     if m.compute.activations == "llama.cpp":  # its cache holds f16, and a product rounds both sides
         q, k, v = (part.half().float() for part in (q, k, v))
@@ -113,14 +150,27 @@ def _attend(
     k, v = k.permute(1, 2, 0), v.transpose(0, 1)
     step = max(16, _SCORE_BYTES // (4 * hyper.n_heads * n))
     mixed = q.new_empty(*q.shape[:3], v.shape[-1])
+    places = torch.arange(n, device=q.device)
     for begin in range(0, n, step):
         end = min(begin + step, n)
-        later = q.new_full((end - begin, end - begin), float("-inf")).triu_(1)
-        scores = (q[:, :, begin:end].flatten(1, 2) @ k[..., :end]).unflatten(1, (n_shared, -1))
-        scores[..., begin:] += later
-        part = scores.softmax(-1).flatten(1, 2) @ v[:, :end]
-        mixed[:, :, begin:end] = part.unflatten(1, (n_shared, -1))
+        first = max(0, begin - window + 1) if window else 0
+        keys, values = k[..., first:end], v[:, first:end]
+        scores = (q[:, :, begin:end].flatten(1, 2) @ keys).unflatten(1, (n_shared, -1))
+        if hyper.score_cap:
+            scores = hyper.score_cap * torch.tanh(scores / hyper.score_cap)
+        back = places[begin:end, None] - places[None, first:end]
+        hidden = (back < 0) | (back >= window) if window else back < 0
+        weights = _softmax(scores.masked_fill_(hidden, float("-inf")), sink)
+        mixed[:, :, begin:end] = (weights.flatten(1, 2) @ values).unflatten(1, (n_shared, -1))
     return mixed.flatten(0, 1)
+
+
+def _softmax(scores: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+    """Over the last axis of f32[kv_heads, n_shared, n_tok, n_keys]."""
+    if sink is None:
+        return scores.softmax(-1)
+    column = sink.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
 
 
 def is_routed(m: Matrices, layer: int) -> bool:
@@ -128,9 +178,10 @@ def is_routed(m: Matrices, layer: int) -> bool:
     return f"blk.{layer}.ffn_gate_inp.weight" in m
 
 
-def dense_ffn(m: Matrices, layer: int, x: torch.Tensor) -> torch.Tensor:
-    """The SwiGLU of a dense layer."""
-    return m.swiglu(f"blk.{layer}.ffn", "", x)
+def dense_ffn(m: Matrices, hyper: Hyper, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """The gated MLP of a dense layer."""
+    y = m.swiglu(f"blk.{layer}.ffn", "", x)
+    return normed(m, f"blk.{layer}.post_ffw_norm.weight", hyper, layer, y)
 
 
 def shared_ffn(m: Matrices, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -183,5 +234,4 @@ def _spans(lengths: Sequence[int]) -> list[slice]:
 
 
 def _until(turns: Angles, span: slice) -> Angles:
-    n = span.stop - span.start
-    return turns[0][:n], turns[1][:n]
+    return turns.until(span.stop - span.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import Any, Literal
 
@@ -21,20 +21,23 @@ _LLAMACPP_BETAS = (32.0, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding of adjacent pairs over the first `n_dims` dimensions of a head.
+    """Rotary embedding over the first `n_dims` dimensions of a head.
 
-    `factor`, `n_original`, `beta_fast` and `beta_slow` are YaRN's (arXiv 2309.00071, 3.2);
-    `magnitude` multiplies cos and sin.
+    It turns adjacent pairs or, with `halves`, pairs of one dimension from each half. `factor`,
+    `n_original`, `beta_fast` and `beta_slow` are YaRN's (arXiv 2309.00071, 3.2); `magnitude`
+    multiplies cos and sin.
     """
 
     n_dims: int
     theta: float
+    halves: bool = False
     kind: Literal["none", "linear", "yarn"] = "none"
     factor: float = 1.0
     n_original: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     magnitude: float = 1.0
+    whole_steps: bool = True  # YaRN's ramp begins and ends at whole pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class Hyper:
-    """What the blocks need to know. `scale` multiplies attention scores."""
+    """What the blocks need to know. `scale` multiplies attention scores.
+
+    Layers of which `windowed` is true see the last `window` tokens and have `local_rope`.
+    `score_cap` c makes a score s into c tanh(s / c); 0 is none.
+    """
 
     arch: str
     n_layers: int
@@ -77,6 +84,73 @@ class Hyper:
     rope: Rope
     mla: Mla | None
     moe: Moe | None
+    window: int = 0
+    windowed: tuple[bool, ...] = ()
+    local_rope: Rope | None = None
+    score_cap: float = 0.0
+    embedding_scale: float = 1.0
+
+    def window_of(self, layer: int) -> int:
+        """How many tokens a token of that layer sees, itself included; 0 is all."""
+        return self.window if layer < len(self.windowed) and self.windowed[layer] else 0
+
+
+Activation = Literal["silu", "gelu", "clamped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What llama.cpp knows by the architecture alone.
+
+    Of every `period` layers the last attends to everything, the others to a window. `feedback`
+    says that rounding with feedback knows the layers: norms behind a product, or products of
+    fused weights, it does not.
+    """
+
+    halves: bool = True
+    activation: Activation = "silu"
+    gating: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    period: int = 0
+    scale_embedding: bool = False
+    feedback: bool = True
+
+
+STYLES = {
+    "llama": Style(halves=False),
+    "deepseek2": Style(halves=False, renormalise=False),
+    "qwen2": Style(),
+    "qwen3": Style(),
+    "qwen3moe": Style(),
+    "phi3": Style(feedback=False),
+    "glm4moe": Style(gating="sigmoid", renormalise=False),
+    "gemma2": Style(activation="gelu", period=2, scale_embedding=True, feedback=False),
+    "gemma3": Style(activation="gelu", period=6, scale_embedding=True, feedback=False),
+    # Its router takes the softmax of the chosen logits: the same as of all, renormalised.
+    "gpt-oss": Style(activation="clamped", period=2),
+    "minimax-m2": Style(gating="sigmoid"),
+}
+# Layers of the largest Gemmas, whose scores are scaled by 1 / sqrt(hidden size / heads).
+_WIDE_SCALE = {("gemma2", 46), ("gemma3", 62)}
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What products with matrices need to know: an activation, and a cap of logits (0: none)."""
+
+    activation: Activation = "silu"
+    logit_cap: float = 0.0
+
+
+def read_traits(kvs: Mapping[str, Kv]) -> Traits:
+    """From metadata; an unknown architecture has none."""
+    arch = _arch(kvs)
+    keys, style = _Keys(arch, kvs), STYLES.get(arch, Style())
+    return Traits(style.activation, keys.number("final_logit_softcapping", 0.0))
+
+
+def _arch(kvs: Mapping[str, Kv]) -> str:
+    return str(kvs["general.architecture"].value) if "general.architecture" in kvs else "?"
 
 
 def read_hyper(kvs: Mapping[str, Kv], constants: Constants = "llama.cpp") -> Hyper:
@@ -85,12 +159,22 @@ def read_hyper(kvs: Mapping[str, Kv], constants: Constants = "llama.cpp") -> Hyp
     Raises `UnsupportedError` for an architecture without forward blocks, `GgufError` for metadata
     that is missing or of the wrong type.
     """
-    arch = str(kvs["general.architecture"].value) if "general.architecture" in kvs else "?"
-    if arch not in _READERS:
+    arch = _arch(kvs)
+    if arch not in STYLES:
         raise UnsupportedError(
-            f"no forward pass for architecture {arch!r}", hint=f"known: {', '.join(_READERS)}"
+            f"no forward pass for architecture {arch!r}", hint=f"known: {', '.join(STYLES)}"
         )
-    return _READERS[arch](_Keys(arch, kvs), constants)
+    keys = _Keys(arch, kvs)
+    return _deepseek2(keys, constants) if arch == "deepseek2" else _grouped(keys, constants)
+
+
+def require_feedback(hyper: Hyper) -> None:
+    """Raise `UnsupportedError` where rounding with feedback would not know the layers."""
+    if not STYLES[hyper.arch].feedback:
+        raise UnsupportedError(
+            f"rounding with feedback does not know the layers of {hyper.arch}",
+            hint="--rounding nearest works, with an imatrix from `quantkit calibrate`",
+        )
 
 
 class _Keys:
@@ -121,6 +205,11 @@ class _Keys:
     def flag(self, key: str) -> bool:
         return bool(self._get(key, False))
 
+    def flags(self, key: str) -> tuple[bool, ...]:
+        """A list by layer; empty where the key is missing or one value for all."""
+        kv = self._kvs.get(f"{self.arch}.{key}")
+        return tuple(map(bool, kv.value)) if kv and kv.type is KvType.ARRAY else ()
+
     def _get(self, key: str, default: Any) -> Any:
         kv = self._kvs.get(f"{self.arch}.{key}")
         if kv is None:
@@ -132,23 +221,65 @@ class _Keys:
         return kv.value
 
 
-def _llama(keys: _Keys, constants: Constants) -> Hyper:
+def _grouped(keys: _Keys, constants: Constants) -> Hyper:
+    style = STYLES[keys.arch]
+    n_layers = keys.count("block_count")
     n_heads, hidden = keys.count("attention.head_count"), keys.count("embedding_length")
     k_dim = keys.count("attention.key_length", hidden // max(1, n_heads))
-    v_dim = keys.count("attention.value_length", k_dim)
+    wide = (keys.arch, n_layers) in _WIDE_SCALE
+    rope = _rope(keys, keys.count("rope.dimension_count", k_dim), constants)
+    window = keys.count("attention.sliding_window", 0) if style.period else 0
     return Hyper(
         arch=keys.arch,
-        n_layers=keys.count("block_count"),
+        n_layers=n_layers,
         hidden=hidden,
         n_heads=n_heads,
         n_kv_heads=keys.count("attention.head_count_kv", n_heads),
         k_dim=k_dim,
-        v_dim=v_dim,
-        scale=1 / sqrt(k_dim),
+        v_dim=keys.count("attention.value_length", k_dim),
+        scale=1 / sqrt(hidden // n_heads if wide else k_dim),
         eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(keys, keys.count("rope.dimension_count", k_dim), constants),
+        rope=rope,
         mla=None,
-        moe=None,
+        moe=_moe(keys),
+        window=window,
+        windowed=_windowed(keys, style, n_layers) if window else (),
+        local_rope=_local_rope(keys, rope),
+        score_cap=keys.number("attn_logit_softcapping", 0.0),
+        embedding_scale=sqrt(hidden) if style.scale_embedding else 1.0,
+    )
+
+
+def _windowed(keys: _Keys, style: Style, n_layers: int) -> tuple[bool, ...]:
+    pattern = keys.flags("attention.sliding_window_pattern")
+    if pattern:
+        return pattern
+    period = keys.count("attention.sliding_window_pattern", style.period)
+    return tuple(not period or i % period < period - 1 for i in range(n_layers))
+
+
+def _local_rope(keys: _Keys, rope: Rope) -> Rope | None:
+    """Rope of layers with a window, where it differs: Gemma 3 scales the others alone."""
+    if not keys.has("rope.freq_base_swa"):
+        return None
+    return Rope(rope.n_dims, keys.number("rope.freq_base_swa"), rope.halves)
+
+
+def _moe(keys: _Keys) -> Moe | None:
+    style = STYLES[keys.arch]
+    if keys.count("expert_count", 0) == 0:
+        return None
+    gating = keys.count("expert_gating_func", 1 if style.gating == "softmax" else 2)
+    if gating not in (1, 2):
+        raise UnsupportedError(f"expert_gating_func {gating}")
+    return Moe(
+        n_experts=keys.count("expert_count"),
+        n_used=keys.count("expert_used_count"),
+        gating="softmax" if gating == 1 else "sigmoid",
+        renormalise=style.renormalise or keys.flag("expert_weights_norm"),
+        scale=keys.number("expert_weights_scale", 1.0),
+        n_groups=keys.count("expert_group_count", 1),
+        n_groups_used=keys.count("expert_group_used_count", 1),
     )
 
 
@@ -162,20 +293,6 @@ def _deepseek2(keys: _Keys, constants: Constants) -> Hyper:
     # YaRN's magnitude goes into the scores; cos and sin keep theirs (DeepSeek-V3, `mscale`).
     mscale_all_dim = keys.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
     mscale = 1 + 0.1 * mscale_all_dim * log(rope.factor) if rope.kind == "yarn" else 1.0
-    moe = None
-    if keys.has("expert_count"):
-        gating = keys.count("expert_gating_func", 1)
-        if gating not in (1, 2):
-            raise UnsupportedError(f"expert_gating_func {gating}")
-        moe = Moe(
-            n_experts=keys.count("expert_count"),
-            n_used=keys.count("expert_used_count"),
-            gating="softmax" if gating == 1 else "sigmoid",
-            renormalise=keys.flag("expert_weights_norm"),
-            scale=keys.number("expert_weights_scale", 1.0),
-            n_groups=keys.count("expert_group_count", 1),
-            n_groups_used=keys.count("expert_group_used_count", 1),
-        )
     return Hyper(
         arch=keys.arch,
         n_layers=keys.count("block_count"),
@@ -194,21 +311,23 @@ def _deepseek2(keys: _Keys, constants: Constants) -> Hyper:
             v_dim=v_dim,
             eps=eps if constants == "llama.cpp" else _HF_LATENT_EPS,
         ),
-        moe=moe,
+        moe=_moe(keys),
     )
 
 
-_READERS = {"llama": _llama, "deepseek2": _deepseek2}
-
-
 def _rope(keys: _Keys, n_dims: int, constants: Constants) -> Rope:
-    theta = keys.number("rope.freq_base", 10000.0)
+    plain = Rope(
+        n_dims,
+        keys.number("rope.freq_base", 10000.0),
+        STYLES[keys.arch].halves,
+        magnitude=keys.number("rope.scaling.attn_factor", 1.0),
+    )
     kind = keys.text("rope.scaling.type", "none")
-    if kind == "none":
-        return Rope(n_dims, theta)
+    if kind == "none":  # LongRoPE's factors are tensors
+        return replace(plain, n_original=keys.count("rope.scaling.original_context_length", 0))
     factor = keys.number("rope.scaling.factor")
     if kind == "linear":
-        return Rope(n_dims, theta, "linear", factor)
+        return replace(plain, kind="linear", factor=factor)
     if kind != "yarn":
         raise UnsupportedError(f"rope scaling {kind!r}")
     betas = _LLAMACPP_BETAS
@@ -218,17 +337,18 @@ def _rope(keys: _Keys, n_dims: int, constants: Constants) -> Rope:
             keys.number("rope.scaling.yarn_beta_slow", betas[1]),
         )
     magnitude = keys.number("rope.scaling.yarn_attn_factor", 1.0) * (1 + 0.1 * log(factor))
-    n_original = keys.count("rope.scaling.original_context_length")
-    return Rope(n_dims, theta, "yarn", factor, n_original, *betas, magnitude)
+    return replace(
+        plain,
+        kind="yarn",
+        factor=factor,
+        n_original=keys.count("rope.scaling.original_context_length"),
+        beta_fast=betas[0],
+        beta_slow=betas[1],
+        magnitude=magnitude * plain.magnitude,
+        # gpt-oss was trained with a ramp between fractions of a pair, which llama.cpp rounds.
+        whole_steps=constants == "llama.cpp" or keys.arch != "gpt-oss",
+    )
 
 
 def _unit(rope: Rope) -> Rope:
-    return Rope(
-        rope.n_dims,
-        rope.theta,
-        rope.kind,
-        rope.factor,
-        rope.n_original,
-        rope.beta_fast,
-        rope.beta_slow,
-    )
+    return replace(rope, magnitude=1.0)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
+from quantkit.forward.hyper import Activation, read_traits
 from quantkit.forward.rounding import rounded
 from quantkit.forward.weights import Weights
 
@@ -17,6 +18,23 @@ Activations = Literal["llama.cpp", "exact"]
 T = TypeVar("T")
 
 _TILE_BYTES = 64 << 20  # of f32; an expert's matrix of Kimi K2 is just below
+
+
+def _gelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gelu(gate, approximate="tanh").mul_(up)
+
+
+def _clamped(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gpt-oss: swish with a slope of 1.702, both sides clamped at 7, and up + 1."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+_GATED: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda gate, up: silu(gate).mul_(up),
+    "gelu": _gelu,
+    "clamped": _clamped,
+}
 
 
 class Observer(Protocol):
@@ -50,6 +68,7 @@ class Matrices:
         self.weights = weights
         self.compute = compute
         self.observer = observer
+        self._traits = read_traits(weights.kvs)
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
@@ -68,10 +87,8 @@ class Matrices:
         y = torch.empty(len(x), n_rows, device=x.device)
         for begin, tile in self._tiles(name, first, n_rows):
             y[:, begin : begin + len(tile)] = x @ tile.T
-        bias = name.removesuffix(".weight") + ".bias"
-        if expert is None and bias in self.weights:
-            y += self.vector(bias)
-        return y
+        bias = self._bias(name, expert)
+        return y if bias is None else y.add_(bias)
 
     def heads(self, name: str) -> torch.Tensor:
         """All of a small 3-D tensor, f32[n_heads, rows, cols]."""
@@ -86,12 +103,15 @@ class Matrices:
     def swiglu(
         self, prefix: str, suffix: str, x: torch.Tensor, expert: int | None = None
     ) -> torch.Tensor:
-        """down(silu(gate(x)) * up(x)) of `{prefix}_gate{suffix}.weight` and its siblings."""
-        names = (f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight")
+        """The gated MLP down(act(gate(x)) * up(x)) of `{prefix}_gate{suffix}.weight` and siblings.
+
+        The activation is the architecture's. Where there is no gate, up holds its rows too, first.
+        """
+        names = self._gate_up(prefix, suffix)
         down = f"{prefix}_down{suffix}.weight"
         row, n_rows = (0, 1) if expert is None else (expert, self.weights.shape(down)[0])
         if self.observer:
-            self.observer.see(names, x, row, n_rows)
+            self.observer.see(tuple(dict.fromkeys(names)), x, row, n_rows)
         inner = self.swiglu_inner(prefix, suffix, x, expert)
         if self.observer:
             self.observer.see((down,), inner, row, n_rows)
@@ -101,23 +121,46 @@ class Matrices:
         self, prefix: str, suffix: str, x: torch.Tensor, expert: int | None
     ) -> torch.Tensor:
         """What goes into the down projection, f32[n_tok, width]."""
-        gate, up = f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight"
-        first, n_rows = self._rows_of(gate, expert)
+        gate, up = self._gate_up(prefix, suffix)
+        first, n_rows = self._rows_of(up, expert)
+        skip = 0
+        if gate == up:
+            skip = n_rows = n_rows // 2
+        gate_bias, up_bias = self._bias(gate, expert), self._bias(up, expert)
+        combine = _GATED[self._traits.activation]
         inner = torch.empty(len(x), n_rows, device=x.device)
         into_gate, into_up = self._input(gate, x), self._input(up, x)
-        ups = self._tiles(up, first, n_rows)
+        ups = self._tiles(up, first + skip, n_rows)
         for begin, tile in self._tiles(gate, first, n_rows):
-            part = silu(into_gate @ tile.T)
-            inner[:, begin : begin + len(tile)] = part.mul_(into_up @ next(ups)[1].T)
+            end = begin + len(tile)
+            gated, raised = into_gate @ tile.T, into_up @ next(ups)[1].T
+            if gate_bias is not None:
+                gated = gated + gate_bias[begin:end]
+            if up_bias is not None:
+                raised = raised + up_bias[skip + begin : skip + end]
+            inner[:, begin:end] = combine(gated, raised)
         return inner
+
+    def _gate_up(self, prefix: str, suffix: str) -> tuple[str, str]:
+        gate, up = f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight"
+        return (gate, up) if gate in self.weights else (up, up)
+
+    def _bias(self, name: str, expert: int | None) -> torch.Tensor | None:
+        """The bias of a matrix, or of an expert's, f32[n_rows]; None where there is none."""
+        bias = name.removesuffix(".weight") + ".bias"
+        if bias not in self.weights:
+            return None
+        row = expert or 0
+        return torch.from_numpy(self.weights.read(bias, row, row + 1)[0]).to(self.compute.device)
 
     def tiles(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, tile) of a matrix on the device."""
         return self._tiles(name, 0, self.weights.shape(name)[0])
 
     def product(self, name: str, x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-        """x f32[n_tok, cols] by a tile of that matrix, f32[n_tok, rows]."""
-        return (self._input(name, x) @ tile.T).float()
+        """x f32[n_tok, cols] by a tile of the head, f32[n_tok, rows]: logits, soft-capped."""
+        logits, cap = (self._input(name, x) @ tile.T).float(), self._traits.logit_cap
+        return torch.tanh(logits / cap).mul_(cap) if cap else logits
 
     def _rows_of(self, name: str, expert: int | None) -> tuple[int, int]:
         """First row and number of rows, leading axes flattened."""

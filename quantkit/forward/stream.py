@@ -13,7 +13,7 @@ from quantkit.errors import NonFiniteError, UsageError
 from quantkit.forward import blocks
 from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Matrices, output_name
-from quantkit.forward.rotary import angles
+from quantkit.forward.rotary import Turns
 from quantkit.forward.rows import Rows
 
 _WORK_BYTES = 384 << 20  # of activations in flight, about
@@ -65,11 +65,8 @@ class Stream:
         self.routing: npt.NDArray[np.int16] | None = None
         # Where a routed layer gathers what comes out, before it becomes the hidden states.
         self.spare = make_rows(len(sequences), hyper.hidden) if hyper.moe else None
-        divisors = None
-        if "rope_freqs.weight" in matrices:
-            divisors = torch.from_numpy(matrices.weights.read("rope_freqs.weight", 0, 1)[0])
         n_pos = max(sequences.lengths, default=0)
-        self._turns = angles(hyper.rope, n_pos, divisors, matrices.compute.device)
+        self._turns = Turns.of(matrices.weights, hyper, n_pos, matrices.compute.device)
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +82,7 @@ class Stream:
             raise UsageError(f"token {int(ids.max())} in a vocabulary of {n_vocab}")
         for begin, end in _ranges(self.sequences.ids):
             rows = torch.from_numpy(table.read("token_embd.weight", begin, end))
+            rows = rows * self.hyper.embedding_scale
             places = torch.nonzero((ids >= begin) & (ids < end)).ravel()
             for part in places.split(self.n_block):
                 self.hidden.add(part, rows[ids[part] - begin])
@@ -117,11 +115,11 @@ class Stream:
 
     def dense_ffn(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         """What a dense feed-forward adds to the hidden states h f32[n_tok, hidden]."""
-        return blocks.dense_ffn(self.matrices, layer, self.ffn_input(layer, h))
+        return blocks.dense_ffn(self.matrices, self.hyper, layer, self.ffn_input(layer, h))
 
     def ffn_input(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         """Hidden states h f32[n_tok, hidden] as the feed-forward sees them."""
-        weight = self.matrices.vector(f"blk.{layer}.ffn_norm.weight")
+        weight = self.matrices.vector(blocks.ffn_norm(self.matrices, layer))
         return blocks.rms_norm(h, weight, self.hyper.eps)
 
     def logits(self, places: npt.NDArray[np.int64]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -201,7 +199,7 @@ class Stream:
         """Tokens whose activations fit the working memory."""
         hyper, weights = self.hyper, self.matrices.weights
         widest = max(hyper.n_heads * max(hyper.k_dim, hyper.v_dim), 3 * hyper.hidden)
-        for name in ("blk.0.ffn_gate.weight", "blk.0.attn_q_b.weight"):
+        for name in ("blk.0.ffn_up.weight", "blk.0.attn_q_b.weight"):
             if name in weights:
                 widest = max(widest, weights.shape(name)[0])
         return max(64, _WORK_BYTES // (4 * 4 * widest))

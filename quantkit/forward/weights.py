@@ -24,6 +24,7 @@ from quantkit.source.slabs import read_rows
 from quantkit.types import GgmlType, Kv, KvType
 
 Tile = npt.NDArray[np.float32]  # [rows, cols]
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
 class Weights(Protocol):
@@ -90,7 +91,8 @@ class GgufWeights:
                 )
             self._places[tensor.name] = (file, tensor)
         for file in shards.files:
-            self._fds[str(file.path)] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            if file.remote is None:
+                self._fds[str(file.path)] = os.open(file.path, _FLAGS)
 
     def close(self) -> None:
         """Close the files."""
@@ -113,7 +115,11 @@ class GgufWeights:
         file, tensor = self._places[name]
         row_bytes = tensor.type.row_bytes(tensor.shape[-1])
         n_bytes = (end - begin) * row_bytes
-        data = os.pread(self._fds[str(file.path)], n_bytes, tensor.begin + begin * row_bytes)
+        offset = tensor.begin + begin * row_bytes
+        if file.remote is not None:
+            data = file.remote.read(offset, offset + n_bytes)
+        else:
+            data = os.pread(self._fds[str(file.path)], n_bytes, offset)
         if len(data) != n_bytes:
             raise GgufError(f"ends inside {tensor.name}", where=str(file.path))
         blocks = np.frombuffer(data, np.uint8).reshape(end - begin, row_bytes)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.arch.base import Config, SideFiles
+from quantkit.arch.registry import vocab_size
 from quantkit.arch.tokenizer import hf_json, spm, tiktoken, tokenizer_file, tokenizer_kvs
 from quantkit.arch.tokenizer.pretokenizers import KIMI
 from quantkit.arch.tokenizer.vocab import TokenType
@@ -108,7 +109,7 @@ def open_tokenizer(files: SideFiles, config: Mapping[str, Any]) -> Tokenizer:
     `config` is config.json as it is. Raises what `tokenizer_kvs` raises, and UsageError where the
     library for that file is not installed.
     """
-    n_vocab = Config(config).count("vocab_size")
+    n_vocab = vocab_size(Config(config))
     kvs = tokenizer_kvs(files, n_vocab, config)
     is_sentencepiece = _value(kvs, "model") == "llama"
     bos = _value(kvs, "bos_token_id", _BOS_OF_SENTENCEPIECE if is_sentencepiece else None)

@@ -9,9 +9,11 @@ from typing import Any
 
 from quantkit.arch.tokenizer.vocab import TokenType, added_type, placeholder
 from quantkit.errors import SourceError, UnsupportedError
+from quantkit.run.json_size import parsed_bytes
 
 FILE = "tokenizer.json"
-MAX_BYTES = 256 << 20  # the largest published ones have about 35 MB
+MAX_BYTES = 64 << 20  # the largest published ones have about 35 MB
+_MAX_PARSED_BYTES = 768 << 20
 
 _MAX_TOKEN_CHARS = 4096  # bounds the work that is quadratic in a token's length
 _SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -39,6 +41,8 @@ class AddedToken:
 
 def parse(data: bytes) -> Mapping[str, Any]:
     """The file as a table. It is too large for the limit that other JSON files are read with."""
+    if parsed_bytes(data) > _MAX_PARSED_BYTES:
+        raise SourceError("takes too much memory, unlike any tokenizer", where=FILE)
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -38,7 +38,7 @@ _LLAMA3 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _QWEN35 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
@@ -81,7 +81,7 @@ _NAMES: dict[tuple[str, ...], str] = {
     (_GPT2,): "gpt-2",
     (_DIGIT, _GPT2): "smollm",
     (_LLAMA3,): "llama-bpe",
-    (_QWEN2,): "qwen2",
+    (QWEN2,): "qwen2",
     (_QWEN35,): "qwen35",
     (_TEKKEN,): "tekken",
     (_O200K,): "gpt-4o",

@@ -20,7 +20,7 @@ from quantkit.types import Kv, KvType
 _MAX_TEMPLATE_BYTES = 4 << 20
 
 # Role -> key; llama.cpp spells "seperator" so. A class token only stands in for a missing BOS.
-_KEYS = {
+KEYS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "eot": "eot_token_id",
@@ -43,7 +43,7 @@ def special_kvs(
 
     An id that is negative or beyond the vocabulary means "none", as it does in the wild.
     """
-    names = {role: token_text(settings.get(f"{role}_token")) for role in (*_KEYS, "cls")}
+    names = {role: token_text(settings.get(f"{role}_token")) for role in (*KEYS, "cls")}
     names["bos"] = names["bos"] or names["cls"]
     names["eos"] = names["eos"] or names["sep"]
     adds: dict[str, bool] = {}
@@ -57,7 +57,7 @@ def special_kvs(
     if add_bos is not None:
         adds.setdefault("bos", add_bos)
     kvs = {}
-    for role, key in _KEYS.items():
+    for role, key in KEYS.items():
         token_id = by_text.get(names[role] or "", -1)
         if not 0 <= token_id < vocab_size:
             token_id = _configured_id(config, role, vocab_size)
