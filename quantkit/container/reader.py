@@ -8,11 +8,11 @@ invalid UTF-8, NUL in names, booleans other than 0 and 1 and bytes behind the da
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, Self
 
 from quantkit.container.kv import CODES
 from quantkit.container.layout import (
@@ -38,11 +38,11 @@ from quantkit.types import GgmlType, Kv, KvType
 
 TensorInfo = TensorPlace
 
-# Far above any model's header (tens of MiB), far below what would exhaust a host.
-MAX_HEADER_BYTES = 256 << 20
+# Above the largest header of a model, some 17 MB, and few enough to take less than 256 MiB.
+MAX_HEADER_BYTES = 20 << 20
 MAX_KVS = 1 << 16
 MAX_TENSORS = 1 << 20
-MAX_ITEMS = 1 << 22  # array elements in all KVs together; vocabularies with merges have < 2^20
+MAX_ITEMS = 3 << 19  # array elements in all KVs together; the largest vocabularies have 1.3 M
 
 _STEP = 1 << 20  # bytes per read
 _MIN_KV = 8 + 1 + 4 + 1  # length, key, type, value
@@ -51,9 +51,44 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
+class RangeFile(Protocol):
+    """A file that is not on this machine, read by range."""
+
+    @property
+    def display(self) -> Path:
+        """What stands for it where a path is shown."""
+
+    @property
+    def name(self) -> str:
+        """Base name."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def etag(self) -> str:
+        """What tells its content from another."""
+
+    def exists(self) -> bool:
+        """Whether it is there."""
+
+    def with_name(self, name: str) -> Self:
+        """A file beside it."""
+
+    def read(self, begin: int, end: int, *, head: bool = False) -> bytes:
+        """Bytes `begin .. end`, which lie inside it; `head` for those of a header."""
+
+    def lay_out(self, tensors: Iterable[tuple[str, int, int]]) -> None:
+        """Where its tensors lie: (name, begin, end) in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What a GGUF file says about itself, in the file's order."""
+    """What a GGUF file says about itself, in the file's order.
+
+    `remote` reads a file that is not on this machine; `path` is then only its name.
+    """
 
     path: Path
     version: int
@@ -62,14 +97,27 @@ class GgufFile:
     alignment: int
     data_begin: int
     n_bytes: int
+    remote: RangeFile | None = None
+
+    def stamp(self) -> tuple[int, int | str]:
+        """Its size and what tells its content from another; raises `OSError` where it is gone."""
+        if self.remote is not None:
+            return self.remote.size, self.remote.etag
+        info = self.path.stat()
+        return info.st_size, info.st_mtime_ns
 
 
-def read_gguf(path: str | Path) -> GgufFile:
+def read_gguf(path: str | Path | RangeFile) -> GgufFile:
     """Parse the header of a little-endian GGUF file of version 2 or 3.
 
     Raises `GgufError`, and nothing else, for anything that is not one, cannot be opened, or
-    points outside itself.
+    points outside itself; for a remote file also what reading it raises.
     """
+    if not isinstance(path, str | Path):
+        stream = _Stream(path)
+        parsed = _parse(path.display, _Cursor(stream, path.size, escaped(str(path.display))))
+        path.lay_out((t.name, t.begin, t.end) for t in parsed.tensors)
+        return replace(parsed, remote=path)
     path = Path(path)
     where = escaped(str(path))
     try:
@@ -82,10 +130,22 @@ def read_gguf(path: str | Path) -> GgufFile:
         raise GgufError(f"cannot be read: {error.strerror}", where=where) from error
 
 
+class _Stream:
+    """A remote file read from its beginning."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+        self._at = 0
+
+    def read(self, n: int) -> bytes:
+        begin, self._at = self._at, min(self._at + n, self._file.size)
+        return self._file.read(begin, self._at, head=True)
+
+
 class _Cursor:
     """A position in the header, over a buffer that is filled as needed."""
 
-    def __init__(self, file: BinaryIO, n_bytes: int, where: str) -> None:
+    def __init__(self, file: BinaryIO | _Stream, n_bytes: int, where: str) -> None:
         self._file = file
         self._where = where
         self._buffer = b""

@@ -17,7 +17,7 @@ from quantkit.container.names import (
     shard_file_name,
     shown,
 )
-from quantkit.container.reader import GgufFile, TensorInfo, read_gguf
+from quantkit.container.reader import GgufFile, RangeFile, TensorInfo, read_gguf
 from quantkit.errors import GgufError
 from quantkit.types import Kv, KvType
 
@@ -55,7 +55,7 @@ class ShardSet:
                 yield file, tensor
 
 
-def open_shards(path: str | Path) -> ShardSet:
+def open_shards(path: str | Path | RangeFile) -> ShardSet:
     """The whole set that the file at `path` belongs to; a file that is no shard is a set of one.
 
     Raises `GgufError` for the first thing wrong with the set; `survey` tells all of them.
@@ -66,21 +66,23 @@ def open_shards(path: str | Path) -> ShardSet:
     return shards
 
 
-def survey(path: str | Path) -> tuple[ShardSet, tuple[GgufError, ...]]:
+def survey(path: str | Path | RangeFile) -> tuple[ShardSet, tuple[GgufError, ...]]:
     """The readable files of a set, and everything that is wrong with it.
 
     Checked: every shard is there and readable; names, `split.no`, `split.count` and
     `split.tensors.count` agree; only the first shard carries metadata; tensor names are unique.
     """
-    path = Path(path)
+    if isinstance(path, str):
+        path = Path(path)
     named = parse_shard_file_name(path.name)
     stem, _, count = named or (path.name.removesuffix(".gguf"), 0, 1)
     problems: list[GgufError] = []
+    paths: list[Path | RangeFile]
     if named and count > 1:
         paths = [path.with_name(shard_file_name(stem, no, count)) for no in range(count)]
-        missing = [p for p in paths if not p.exists()]
+        missing = [p.name for p in paths if not p.exists()]
         if missing:
-            problems.append(_missing(missing, count, path))
+            problems.append(_missing(missing, count, _shown_path(path).parent))
         present = [(no, p) for no, p in enumerate(paths) if p.exists()]
     else:
         present = [(0, path)]
@@ -93,17 +95,21 @@ def survey(path: str | Path) -> tuple[ShardSet, tuple[GgufError, ...]]:
             problems.append(error)
     for no, file in files:
         problems.extend(_check_split(file, no, count))
-    shards = ShardSet(path.parent, stem, tuple(file for _, file in files))
+    shards = ShardSet(_shown_path(path).parent, stem, tuple(file for _, file in files))
     problems.extend(_check_totals(shards, count))
     return shards, tuple(problems)
 
 
-def _missing(missing: list[Path], count: int, path: Path) -> GgufError:
-    listed = ", ".join(escaped(p.name) for p in missing[:_LISTED])
+def _shown_path(path: Path | RangeFile) -> Path:
+    return path if isinstance(path, Path) else path.display
+
+
+def _missing(missing: list[str], count: int, folder: Path) -> GgufError:
+    listed = ", ".join(escaped(name) for name in missing[:_LISTED])
     more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
     return GgufError(
         f"{len(missing)} of {count} shards are missing: {listed}{more}",
-        where=escaped(str(path.parent)),
+        where=escaped(str(folder)),
         hint="all shards of a model must lie in one folder",
     )
 

@@ -11,15 +11,17 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.errors import SourceError
 from quantkit.source.folder import Folder
+from quantkit.types import TensorRef
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,6 +29,36 @@ MAX_OPEN = 64
 _EIO_RETRIES = 3
 _EIO_PAUSE_S = 0.05  # doubled with every retry
 _CHANGED_HINT = "leave the checkpoint alone while it is converted, then run again"
+
+
+class Shards(Protocol):
+    """The shards of one checkpoint, wherever they are. Reading is safe from any thread."""
+
+    @property
+    def stamps(self) -> Mapping[str, tuple[int, int | str]]:
+        """File -> its size and what tells its content from another, of those in use."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all shards together."""
+
+    def size(self, file: str) -> int:
+        """Bytes of `file`."""
+
+    def read(self, file: str, offset: int, n_bytes: int) -> Bytes:
+        """Bytes `offset .. offset + n_bytes` of `file`, in an array of their own."""
+
+    def will_open(self, files: Iterable[str]) -> None:
+        """These files' headers are read next."""
+
+    def lay_out(self, file: str, tensors: Iterable[TensorRef]) -> None:
+        """Where a file's tensors lie, in the order of their bytes."""
+
+    def will_read(self, tensors: Iterable[TensorRef]) -> None:
+        """Tensors that are read from now on, in this order."""
+
+    def close(self) -> None:
+        """Release what is held. What has been read stays valid."""
 
 
 @dataclass(slots=True)
@@ -39,7 +71,7 @@ class ShardFiles:
     """The shards of one folder. A file is held to the size and time it had when first opened."""
 
     def __init__(self, folder: Folder, max_open: int = MAX_OPEN) -> None:
-        self.stamps: dict[str, tuple[int, int]] = {}  # file -> (bytes, mtime in ns)
+        self.stamps: dict[str, tuple[int, int | str]] = {}  # file -> (bytes, mtime in ns)
         self._folder = folder
         self._max_open = max_open
         self._open: OrderedDict[str, _Open] = OrderedDict()  # least recently used first
@@ -85,6 +117,15 @@ class ShardFiles:
                 # Of a model that does not fit, no page is there when it is wanted again.
                 os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
         return data
+
+    def will_open(self, files: Iterable[str]) -> None:
+        """See `Shards`; the system reads ahead by itself."""
+
+    def lay_out(self, file: str, tensors: Iterable[TensorRef]) -> None:
+        """See `Shards`."""
+
+    def will_read(self, tensors: Iterable[TensorRef]) -> None:
+        """See `Shards`."""
 
     def close(self) -> None:
         """Close every descriptor that no thread is reading from; the rest follow their readers."""

@@ -17,29 +17,42 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.errors import SourceError
+from quantkit.run.json_size import parsed_bytes
+from quantkit.run.names import is_plain_name
 
 MAX_JSON_DEPTH = 64
-_MAX_NAME_BYTES = 255
+MAX_PARSED_BYTES = 256 << 20
+
+
+class Place(Protocol):
+    """Where a checkpoint's files are: a local folder, or a repository on the Hub."""
+
+    @property
+    def root(self) -> Path:
+        """A local folder that bears the model's name and holds, or will hold, small files."""
+
+    @property
+    def version(self) -> str:
+        """What names the state of all files together; empty where nothing does."""
+
+    def names(self) -> list[str]:
+        """Names of everything in the folder, sorted."""
+
+    def read_bytes(self, name: str, max_bytes: int) -> bytes | None:
+        """All of a small file; None if there is none; `SourceError` above `max_bytes`."""
 
 
 def check_name(name: object, *, where: str, suffix: str = "") -> str:
     """`name` if it is a plain file name that cannot lead out of the folder, on any platform.
 
-    Refuses separators of either kind, colons (drive letters, streams), `.` and `..`, characters
-    that do not print (NUL, control, bidi), more than 255 bytes of UTF-8, and another `suffix`.
+    Refuses what `is_plain_name` does, and another `suffix`.
     """
     if not isinstance(name, str):
         raise SourceError(f"a file name must be a string, got {type(name).__name__}", where=where)
-    plain = (
-        name.isprintable()
-        and not any(c in name for c in "/\\:")
-        and name not in ("", ".", "..")
-        and len(name.encode()) <= _MAX_NAME_BYTES
-    )
-    if not plain or not name.endswith(suffix) or name == suffix:
+    if not is_plain_name(name) or not name.endswith(suffix) or name == suffix:
         raise SourceError(
             f"{name[:80]!r} is not a plain {suffix or 'file'} name inside the folder",
             where=where,
@@ -49,7 +62,12 @@ def check_name(name: object, *, where: str, suffix: str = "") -> str:
 
 
 def parse_json(raw: bytes, *, where: str, unique: bool = False) -> Any:
-    """JSON from a stranger: UTF-8, at most 64 levels deep, keys not repeated where `unique`."""
+    """JSON from a stranger: UTF-8, at most 64 levels deep, keys not repeated where `unique`.
+
+    Refuses what would take more than 256 MiB of memory.
+    """
+    if parsed_bytes(raw) > MAX_PARSED_BYTES:
+        raise SourceError("takes too much memory, unlike any checkpoint's", where=where)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_refuse_repeats if unique else None)
     except RecursionError:
@@ -84,8 +102,24 @@ def _children(node: Any) -> list[Any]:
     return [child for child in node if isinstance(child, (dict, list))]
 
 
+def read_json(
+    place: Place, name: str, max_bytes: int, *, unique: bool = False
+) -> dict[str, Any] | None:
+    """A JSON object from a small file; None if there is none."""
+    raw = place.read_bytes(name, max_bytes)
+    if raw is None:
+        return None
+    where = str(place.root / name)
+    value = parse_json(raw, where=where, unique=unique)
+    if not isinstance(value, dict):
+        raise SourceError(f"a JSON object is expected, got {type(value).__name__}", where=where)
+    return value
+
+
 class Folder:
     """Confined access to the files directly inside one folder."""
+
+    version = ""
 
     def __init__(self, path: Path) -> None:
         if path.is_file():
@@ -98,7 +132,7 @@ class Folder:
             raise SourceError(
                 "no such folder",
                 where=str(path),
-                hint="MODEL is a local folder; `hf download` fetches one from the Hub",
+                hint="MODEL is a local folder, or OWNER/NAME of a model on the Hub",
             )
         self.root = path.resolve()
 
@@ -133,14 +167,7 @@ class Folder:
         self, name: str, max_bytes: int, *, unique: bool = False
     ) -> dict[str, Any] | None:
         """A JSON object from a small file; None if there is none."""
-        raw = self.read_bytes(name, max_bytes)
-        if raw is None:
-            return None
-        where = str(self.root / name)
-        value = parse_json(raw, where=where, unique=unique)
-        if not isinstance(value, dict):
-            raise SourceError(f"a JSON object is expected, got {type(value).__name__}", where=where)
-        return value
+        return read_json(self, name, max_bytes, unique=unique)
 
     def _check_link(self, name: str) -> None:
         path = self.root / name

@@ -7,25 +7,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from quantkit.errors import SourceError, UnsupportedError
-from quantkit.source.folder import Folder, check_name
+from quantkit.source.folder import Place, check_name, read_json
 from quantkit.types import TensorRef
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 64 * 2**20
+_MAX_SHARDS = 1 << 14
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 _REPAIR = "download the checkpoint again; a broken download leaves this"
 
 
-def find_shards(folder: Folder) -> dict[str, set[str] | None]:
+def find_shards(folder: Place) -> dict[str, set[str] | None]:
     """Shard file -> the tensors that the index places in it, None where there is no index.
 
     The index alone decides where there is one: file names are not sorted and other
     `.safetensors` files are ignored. Without it, `model.safetensors` is the checkpoint, or else
     every `.safetensors` file of the folder is a part of it.
     """
-    index = folder.read_json(INDEX_NAME, MAX_INDEX_BYTES, unique=True)
+    index = read_json(folder, INDEX_NAME, MAX_INDEX_BYTES, unique=True)
     if index is not None:
         return dict(_indexed(index, str(folder.root / INDEX_NAME)))
     names = [name for name in folder.names() if name.endswith(".safetensors")]
@@ -47,6 +48,8 @@ def _indexed(index: dict[str, Any], where: str) -> dict[str, set[str]]:
         if not isinstance(file, str) or file not in shards:
             check_name(file, where=f"{where}: {tensor[:400]}", suffix=".safetensors")
             shards[file] = set()
+            if len(shards) > _MAX_SHARDS:
+                raise SourceError(f"names more than {_MAX_SHARDS:,} shards", where=where)
         shards[file].add(tensor)
     folded: dict[str, str] = {}
     for file in shards:
@@ -74,7 +77,7 @@ def _check_numbering(names: Iterable[str], where: str) -> None:
             )
 
 
-def _nothing_to_open(folder: Folder) -> Exception:
+def _nothing_to_open(folder: Place) -> Exception:
     pickles = [name for name in folder.names() if name.endswith(_PICKLES)]
     if pickles:
         return UnsupportedError(
