@@ -80,7 +80,10 @@ class RecipeRecord(_Record):
 
 
 class TensorRecord(_Record):
-    """A tensor's place in its file and the digest of its bytes."""
+    """A tensor's place in its file and the digest of its bytes.
+
+    `repacked` says that codes were copied, not encoded, but for blocks that the log counts.
+    """
 
     name: Annotated[str, AfterValidator(_is_tensor_name)]
     type: Annotated[str, AfterValidator(_is_type)]
@@ -89,6 +92,7 @@ class TensorRecord(_Record):
     n_slabs: _Positive
     chunk_bytes: _Positive
     sha256: _Sha256
+    repacked: bool = False
 
     @model_validator(mode="after")
     def _cuts_fit(self) -> Self:
@@ -122,7 +126,7 @@ class ShardRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole record."""
+    """The whole record; `calibration` is what the file's metadata say of it."""
 
     format_version: Literal[1] = 1
     quantkit_version: _Text
@@ -130,6 +134,9 @@ class Manifest(_Record):
     plan: _Sha256
     source: SourceRecord
     recipe: RecipeRecord
+    calibration: Annotated[dict[_Text, _Text | int], Field(max_length=64)] = Field(
+        default_factory=dict
+    )
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1, max_length=MAX_SHARDS)]
 
     @model_validator(mode="after")

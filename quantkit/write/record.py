@@ -21,6 +21,8 @@ from quantkit.write.manifest import (
     tensor_digest,
 )
 
+_CALIBRATION = ("quantize.imatrix.", "quantkit.rounding")
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -47,6 +49,7 @@ def manifest_of(
         plan=plan.digest,
         source=SourceRecord(name=provenance.source_name, fingerprint=provenance.source_fingerprint),
         recipe=RecipeRecord(name=recipe.name, digest=recipe.digest(), text=text),
+        calibration={key: kv.value for key, kv in plan.kvs.items() if key.startswith(_CALIBRATION)},
         shards=tuple(
             ShardRecord(
                 file=shard.file,
@@ -68,4 +71,5 @@ def _tensor_record(tensor: PlannedTensor, sha256: str) -> TensorRecord:
         n_slabs=tensor.n_slabs,
         chunk_bytes=tensor.tile_rows * tensor.row_bytes,
         sha256=sha256,
+        repacked=tensor.repack,
     )
