@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -31,6 +31,7 @@ from quantkit.types import GgmlType, TensorSpec, WeightFormat
 
 # A pattern gets this long for one name of at most 63 bytes; an honest one takes microseconds.
 _PATTERN_SECONDS = 0.05
+_PATTERN_CHARS = 1000
 
 # llama.cpp's `enum llama_ftype`, without `LLAMA_FTYPE_MOSTLY_`: the numbers of general.file_type.
 FILE_TYPES = {
@@ -71,6 +72,15 @@ Count = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}\+?$")
 Portion = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,6}(/[1-9][0-9]{0,5})?$")]
 
 
+def _gqa(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    q, k = shapes.get("attention.q"), shapes.get("attention.k")
+    if q and k:
+        return q[0] // k[0]
+    qkv, out = shapes.get("attention.qkv"), shapes.get("attention.output")
+    n_kv = qkv[0] - out[-1] if qkv and out else 0  # rows of K and V together
+    return 2 * out[-1] // n_kv if out and n_kv > 0 else 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Facts:
     """What rules may ask of a whole model, read off its tensors.
@@ -92,12 +102,11 @@ class _Facts:
             n_layers = max(n_layers, 0 if tensor.layer is None else tensor.layer + 1)
             if len(tensor.shape) > 1:
                 shapes.setdefault(tensor.role, tensor.shape)
-        q, k = shapes.get("attention.q"), shapes.get("attention.k")
         experts = shapes.get("routed_expert.down")
         return cls(
             n_layers,
             n_experts=experts[0] if experts else 0,
-            gqa=q[0] // k[0] if q and k else 0,
+            gqa=_gqa(shapes),
             tied="output" not in shapes,
         )
 
@@ -133,6 +142,8 @@ class Rule(_Strict):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         if pattern is not None:
+            if len(pattern) > _PATTERN_CHARS:
+                raise ValueError(f"a pattern of more than {_PATTERN_CHARS} characters")
             try:
                 regex.compile(pattern)
             except regex.error as error:
@@ -192,8 +203,13 @@ class _Bound:
             ) from None
 
     def _roles(self, tensor: TensorSpec) -> tuple[str, ...]:
-        both = self._tied and tensor.role == "token_embd"
-        return ("token_embd", "output") if both else (tensor.role,)
+        if self._tied and tensor.role == "token_embd":
+            return "token_embd", "output"
+        return (tensor.role, "attention.v") if tensor.role in _WITH_V else (tensor.role,)
+
+
+# Matrices that hold V among others follow what rules say of it, as in llama-quantize.
+_WITH_V = frozenset({"attention.qkv", "attention.kv_b"})
 
 
 def _formats(tensor: TensorSpec) -> set[WeightFormat]:
@@ -206,11 +222,11 @@ class Sampling(_Strict):
     `instant` holds what differs when thinking is off: advice only, a file has one set of defaults.
     """
 
-    temp: float | None = Field(None, ge=0)
+    temp: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    penalty_repeat: float | None = Field(None, gt=0)
+    penalty_repeat: float | None = Field(None, gt=0, allow_inf_nan=False)
     instant: dict[Literal["temp", "top_k", "top_p", "min_p", "penalty_repeat"], float] = Field(
         default_factory=dict
     )
@@ -337,7 +353,7 @@ def _layer_set(text: str, n_layers: int) -> frozenset[int]:
         elif found and (found[2] or "/" not in found[1]):
             first, last = found[1], found[2] or found[1]
             low, high = (_place(end, n_layers) for end in (first, last))
-            chosen.update(range(max(low, 0), min(high, 1 << 16) + ("/" not in last)))
+            chosen.update(range(max(low, 0), min(high + ("/" not in last), n_layers)))
         else:
             raise ValueError(
                 f"layers should look like 0-3,7 or -1 or 0-1/8 or more-bits, not {text!r}"

@@ -13,13 +13,13 @@ from quantkit.errors import RecipeError
 from quantkit.plan.fallback import fitting_type
 from quantkit.plan.tiles import slab_rows, tile_rows
 from quantkit.recipe import FILE_TYPES, Recipe
+from quantkit.source.repack import repacks_to
 from quantkit.types import (
     GgmlType,
     Kv,
     Plan,
     PlannedShard,
     PlannedTensor,
-    SlabOp,
     TensorSpec,
     WeightFormat,
 )
@@ -66,7 +66,7 @@ class TypeChooser:
     def choose(self, spec: TensorSpec) -> _Choice:
         """Type of one of the model's tensors."""
         if spec.keep is not None:
-            return _Choice(spec, spec.keep, spec.keep, repack=False)
+            return _Choice(spec, spec.keep, spec.keep, can_repack(spec, spec.keep))
         wanted = self._wanted[spec.name]
         type_ = fitting_type(wanted, spec.grid[1])
         return _Choice(spec, wanted, type_, repack=can_repack(spec, type_))
@@ -118,7 +118,7 @@ def file_type(specs: tuple[TensorSpec, ...], chooser: TypeChooser) -> int:
     for spec in specs:
         weights[chooser.choose(spec).type] += spec.n_weights
     most = max(weights, key=lambda t: (weights[t], -t)).name
-    return FILE_TYPES[_FILE_TYPE_OF.get(most, most)]
+    return FILE_TYPES.get(_FILE_TYPE_OF.get(most, most), FILE_TYPES["F32"])
 
 
 def _place(choices: list[_Choice], shards: tuple[ShardLayout, ...]) -> tuple[PlannedTensor, ...]:
@@ -144,8 +144,13 @@ def _place(choices: list[_Choice], shards: tuple[ShardLayout, ...]) -> tuple[Pla
 
 
 def can_repack(spec: TensorSpec, type_: GgmlType) -> bool:
-    """INT4 in groups of 32 and Q4_0 have the same levels; scales are checked when they are read."""
-    return type_ is GgmlType.Q4_0 and all(
-        slab.weight.format is WeightFormat.INT4_G32 and slab.op is SlabOp.COPY
-        for slab in spec.slabs
+    """Whether blocks are copied bit by bit: those of a GGUF file, or those with the same levels.
+
+    Rows may change their order, but stay whole. Scales are checked when they are read.
+    """
+    stored = {(slab.weight.format, slab.weight.data.dtype) for slab in spec.slabs}
+    if stored == {(WeightFormat.GGUF, type_.name)}:
+        return True
+    return bool(spec.slabs) and all(
+        repacks_to(slab.weight) is type_ and slab.op.keeps_rows_whole for slab in spec.slabs
     )
