@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from importlib import import_module
@@ -10,7 +12,7 @@ from types import FrameType
 import click
 
 from quantkit import __version__
-from quantkit.errors import QuantkitError
+from quantkit.errors import OutputError, QuantkitError
 
 # command -> (module, attribute, one line for --help); imports wait until a command is called
 _COMMANDS = {
@@ -25,8 +27,11 @@ _COMMANDS = {
     ),
     "allocate": ("allocate", "allocate_command", "Find the recipe that loses least at a size."),
     "guide": ("guide", "guide_command", "Tell how a model runs on a machine, with commands."),
+    "publish": ("publish", "publish_command", "Publish converted models on the Hugging Face Hub."),
     "inspect": ("inspect", "inspect_command", "List the metadata and tensors of a GGUF file."),
     "verify": ("verify", "verify_command", "Check a GGUF file or shard set, byte by byte."),
+    "families": ("families", "families_command", "List the model families that are known."),
+    "doctor": ("doctor", "doctor_command", "Say what limits a job here, and what it will take."),
     "recipes": ("recipes", "recipes_command", "List the recipes that come with quantkit."),
 }
 
@@ -60,15 +65,19 @@ def cli() -> None:
     quantkit verify out/MODEL-Q4_X.gguf             check what was written
 
     Exit codes: 0 done, 2 wrong use, 3 damaged source, 4 unsupported model, 5 cannot write,
-    6 damaged GGUF, 7 NaN or infinity in the weights, 130/143 interrupted.
+    6 damaged GGUF, 7 NaN or infinity in the weights, 8 the Hub is out of reach or refuses,
+    129/130/143 interrupted by SIGHUP/SIGINT/SIGTERM, 141 nobody reads the output any more.
     """
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class _Interrupted(BaseException):
-    """SIGINT or SIGTERM, as an exception so that files and threads are left in order.
+    """SIGINT, SIGTERM or SIGHUP, as an exception so that files and threads are left in order.
 
     Not a KeyboardInterrupt: Python kills a program at its very end where one of those passed
     through code made from a string (dataclasses, numba), even if it was caught.
@@ -80,11 +89,15 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if client := sys.modules.get("quantkit.hub.client"):
+        client.interrupted.set()
     raise _Interrupted(number)
 
 
 def main() -> None:
     """Entry point: every failure is one message and a documented exit code."""
+    _open_standard_streams()
+    stdout = sys.stdout
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or "&" in a script
             signal.signal(number, _interrupt)
@@ -96,17 +109,48 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except QuantkitError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         code = error.exit_code
     except _Interrupted as interrupted:
         code = _say_interrupted(interrupted.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 1
+    except OSError as error:
+        code = _say_no_output(error)
+    except SystemExit as end:  # a command's; or click's, for a pipe that nobody reads
+        gone = sys.stdout is not stdout
+        code = _say_no_output(BrokenPipeError()) if gone else end.code
     # All is said and done: a signal while the interpreter folds up must not change the exit code.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """Where a standard stream is closed, the next file would take its number, and its messages."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _say_no_output(error: OSError) -> int:
+    """What is printed cannot be: the reader has gone, or a disk is full. Else it is a bug."""
+    if isinstance(error, BrokenPipeError):
+        code = 128 + 13  # as a shell tells of a program that SIGPIPE ended
+    elif error.errno in _DISK_ERRORS:
+        click.echo(f"error: {printable(str(error.strerror))}", err=True)
+        code = OutputError.exit_code
+    else:
+        raise error
+    # What is still buffered must not fail again at the very end.
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def printable(text: str) -> str:
+    """Without what could forge or hide anything on a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _say_interrupted(code: int) -> int:

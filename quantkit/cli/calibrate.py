@@ -7,11 +7,18 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import default_threads, reading_options, running_options
+from quantkit.cli.options import (
+    MODEL,
+    default_threads,
+    hub_options,
+    on_hub,
+    reading_options,
+    running_options,
+)
 
 
 @click.command("calibrate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @reading_options(default="core")
 @click.option(
     "-o",
@@ -21,14 +28,16 @@ from quantkit.cli.options import default_threads, reading_options, running_optio
     help="The imatrix, a .gguf file; the tokens are kept beside it.",
 )
 @running_options
+@hub_options
 @click.option("--force", is_flag=True, help="Replace an imatrix of the same name.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines on stdout.")
 def calibrate_command(
-    model: Path,
+    model: Any,
     output: Path,
     reading: dict[str, Any],
     running: dict[str, Any],
+    hub: dict[str, Any],
     threads: int | None,
     force: bool,
     quiet: bool,
@@ -46,5 +55,7 @@ def calibrate_command(
     from quantkit.pipeline.opening import Reading, Running
 
     use_threads(threads or default_threads())
-    job = Calibration(model, Reading(**reading), Running(**running))
-    calibrate(job, output, reporter(quiet=quiet, as_json=as_json), force=force)
+    view = reporter(quiet=quiet, as_json=as_json)
+    with on_hub(hub, view, output.parent) as session:
+        job = Calibration(session.at(model), Reading(**reading), Running(**running))
+        calibrate(job, output, view, force=force)

@@ -8,12 +8,19 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import default_threads, reading_options, running_options
+from quantkit.cli.options import (
+    MODEL,
+    default_threads,
+    hub_options,
+    on_hub,
+    reading_options,
+    running_options,
+)
 
 
 @click.command("evaluate")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("quants", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
+@click.argument("quants", nargs=-1, type=MODEL)
 @reading_options(default=None)
 @click.option(
     "--task",
@@ -67,12 +74,13 @@ from quantkit.cli.options import default_threads, reading_options, running_optio
     help="Write MODEL's log-probabilities for llama-perplexity --kl-divergence-base, and stop.",
 )
 @running_options
+@hub_options
 @click.option("--force", is_flag=True, help="Score on calibration text all the same.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 def evaluate_command(
-    model: Path,
-    quants: tuple[Path, ...],
+    model: Any,
+    quants: tuple[Any, ...],
     task: str | None,
     shots: int,
     examples: Path | None,
@@ -84,6 +92,7 @@ def evaluate_command(
     save_base: Path | None,
     reading: dict[str, Any],
     running: dict[str, Any],
+    hub: dict[str, Any],
     threads: int | None,
     force: bool,
     quiet: bool,
@@ -94,7 +103,8 @@ def evaluate_command(
     MODEL is the checkpoint's folder, a GGUF file, or a file of base log-probabilities that
     llama-perplexity or --save-base wrote. All quants go through in one sweep. Figures mean what
     llama-perplexity's mean: the second half of every chunk is scored. Of QUANTS, files that are no
-    models are left out, so that OUT/*.gguf may be given.
+    models are left out, so that OUT/*.gguf may be given. Each may be on the Hub: OWNER/NAME of a
+    checkpoint, OWNER/NAME/FILE.gguf of a quant, with @REVISION behind the name.
 
     With --task, questions are asked: how many MODEL and QUANTS answer right, and which answers
     change. A line of a JSONL file is {"question": TEXT, "choices": [TEXT, ...], "answer": LETTER or
@@ -121,25 +131,26 @@ def evaluate_command(
         raise click.UsageError("--examples and --limit belong to a --task.")
     if task is not None and save_base is not None:
         raise click.UsageError("--save-base writes what MODEL makes of a text, not of a --task.")
-    job = Evaluation(
-        model,
-        quants,
-        Reading(**reading) if has_text else None,
-        Running(**running),
-        engine,
-        threads or default_threads(),
-        imatrix,
-        calibrated_on,
-        force,
-        Asking(task, shots, limit, examples) if task is not None else None,
-    )
-    if save_base is not None:
-        write_base(job, save_base, view)
-        return
-    if not quants:
+    if not quants and save_base is None:
         raise click.UsageError("name the files to compare, or --save-base FILE.")
-    work = (output or Path()) / ".evaluate.work"
-    report = evaluate(job, work, view)
+    folder = output or (save_base.parent if save_base else Path())
+    with on_hub(hub, view, folder) as session:
+        job = Evaluation(
+            session.at(model),
+            tuple(session.file(quant) for quant in quants),
+            Reading(**reading) if has_text else None,
+            Running(**running),
+            engine,
+            threads or default_threads(),
+            imatrix,
+            calibrated_on,
+            force,
+            Asking(task, shots, limit, examples) if task is not None else None,
+        )
+        if save_base is not None:
+            write_base(job, save_base, view)
+            return
+        report = evaluate(job, folder / ".evaluate.work", view)
     if output is not None:
         write_report(report, output)
     if as_json:

@@ -11,15 +11,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantkit.cli.options import MODEL, hub_options, on_hub
 from quantkit.container.names import escaped, shown
 from quantkit.container.reader import read_gguf
 from quantkit.container.shardset import ShardSet, survey
-from quantkit.run.events import size
+from quantkit.hub.folder import HubFolder
+from quantkit.run.events import Silent, size
 from quantkit.types import Kv, KvType
 
 if TYPE_CHECKING:
@@ -31,22 +32,33 @@ _LAYER = re.compile(r"^(v\.|mm\.)?blk\.\d+\.")
 
 
 @click.command("inspect")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=MODEL)
+@hub_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--kv-only", is_flag=True, help="Print the metadata only.")
 @click.option("--tensors-only", is_flag=True, help="Print the tensors only.")
 @click.option("--full", is_flag=True, help="Print long texts and arrays whole.")
 def inspect_command(
-    file: Path, as_json: bool, kv_only: bool, tensors_only: bool, full: bool
+    file: Any,
+    hub: dict[str, Any],
+    as_json: bool,
+    kv_only: bool,
+    tensors_only: bool,
+    full: bool,
 ) -> None:
     """Show metadata, types and tensors of a GGUF FILE, with its sibling shards.
 
-    Only headers are read. Whether a set is complete and undamaged is what `verify` tells.
+    FILE may be on the Hub: OWNER/NAME[@REVISION]/FILE.gguf. Only headers are read. Whether a set is
+    complete and undamaged is what `verify` tells.
     """
     if kv_only and tensors_only:
         raise click.UsageError("--kv-only and --tensors-only exclude each other")
-    read_gguf(file)  # an unreadable FILE is an error, an unreadable sibling a remark
-    shards, problems = survey(file)
+    with on_hub(hub, Silent()) as session:
+        place = session.at(file)
+        if isinstance(place, HubFolder):
+            place = place.only_gguf()
+        read_gguf(place)  # an unreadable FILE is an error, an unreadable sibling a remark
+        shards, problems = survey(place)
     parts = ("kvs",) if kv_only else ("tensors",) if tensors_only else ("general", "kvs", "tensors")
     if as_json:
         click.echo(json.dumps(_as_json(shards, parts, full), indent=1, allow_nan=False))

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
+from quantkit.hub.ref import parse_ref
+from quantkit.run.names import is_plain_name
 from quantkit.types import GgmlType
+
+if TYPE_CHECKING:
+    from quantkit.hub.session import HubSession
+    from quantkit.run.events import Reporter
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rounding = Literal["nearest", "feedback"]
+
+MODEL = parse_ref  # an argument's type: a local path, or a place on the Hub
+_MAX_STEM = 150  # bytes; a file's name has at most 255
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -29,11 +39,18 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
+def _plain_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    """A name that leads nowhere, and leaves room for the recipe's and for endings."""
+    if name is not None and (not is_plain_name(name) or len(name.encode()) > _MAX_STEM):
+        raise click.BadParameter(f"no plain name of up to {_MAX_STEM} bytes: {name[:80]!r}")
+    return name
+
+
 def job_options(command: F) -> F:
     """MODEL and everything that decides what the files will be."""
     for option in reversed(
         (
-            click.argument("model", type=click.Path(path_type=Path)),
+            click.argument("model", type=MODEL),
             click.option(
                 "-r", "--recipe", required=True, help="A shipped recipe's name, or a .yaml file."
             ),
@@ -43,13 +60,17 @@ def job_options(command: F) -> F:
                 help="Overrule the recipe: feedback runs the model on text and rounds each weight "
                 "by its inputs. Slower, lower KL divergence at the same size.",
             ),
-            click.option("--name", help="Stem of the file names; default: the model's own name."),
+            click.option(
+                "--name",
+                callback=_plain_name,
+                help="Stem of the file names; default: the model's own name.",
+            ),
             click.option(
                 "--mmproj",
                 type=click.Choice(["f16", "bf16", "f32", "none"]),
                 default="f16",
                 show_default=True,
-                help="Type of the vision file, where the model has a vision tower.",
+                help="Type of the vision file, where a checkpoint has a vision tower.",
             ),
             click.option(
                 "--max-shard-size",
@@ -64,6 +85,43 @@ def job_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def hub_options(command: F) -> F:
+    """How a MODEL on the Hub is read, collected in `hub`; see `on_hub`."""
+    options = (
+        click.option(
+            "--revision", metavar="REV", help="Branch, tag or commit of a MODEL on the Hub."
+        ),
+        click.option(
+            "--spool",
+            type=parse_size,
+            metavar="SIZE",
+            default="30GB",
+            show_default=True,
+            help="Most disk for what is fetched of a MODEL on the Hub.",
+        ),
+    )
+    return _collected("hub", ("revision", "spool"), options)(command)
+
+
+@contextmanager
+def on_hub(
+    hub: dict[str, Any],
+    view: Reporter,
+    work: Path | None = None,
+    *,
+    restart: bool = False,
+) -> Iterator[HubSession]:
+    """What opens a MODEL inside the `with` block, local or on the Hub.
+
+    What is fetched is kept in `work`/.hub until the block is left well, without `work` in a
+    temporary folder.
+    """
+    from quantkit.hub.session import HubSession
+
+    with HubSession(view, work, restart=restart, **hub) as session:
+        yield session
 
 
 def importance_options(command: F) -> F:
@@ -99,6 +157,17 @@ def importance_options(command: F) -> F:
 
     names = ("imatrix", "corpus", "budget", "no_imatrix")
     return _collected("importance", names, options, prepared)(command)
+
+
+def memory_option(command: F) -> F:
+    """A bound for what is in work, in bytes, or None."""
+    return click.option(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="Bound of what is in work, beside the program (512 MiB): tiles, and for rounding with "
+        "feedback its statistics and hidden states. Default: what all threads take.",
+    )(command)
 
 
 def mmproj_type(name: str) -> GgmlType | None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli.options import Rounding, job_options, mmproj_type
+from quantkit.cli.options import (
+    Rounding,
+    default_threads,
+    hub_options,
+    job_options,
+    memory_option,
+    mmproj_type,
+    on_hub,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,38 +27,57 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @job_options
+@hub_options
+@click.option(
+    "-t", "--threads", type=click.IntRange(min=1), help="To plan memory for; default: all cores."
+)
+@memory_option
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan_command(
-    model: Path,
+    model: Any,
     recipe: str,
     rounding: Rounding | None,
     name: str | None,
     mmproj: str,
     max_shard_size: int,
     max_shard_tensors: int | None,
+    hub: dict[str, Any],
+    threads: int | None,
+    memory: int | None,
     tensors: bool,
     as_json: bool,
 ) -> None:
-    """Show what converting MODEL would write: types by role, files, sizes.
+    """Show what converting MODEL, a checkpoint or a GGUF file, would write: types, files, sizes.
 
-    Reads headers and metadata only, no weights.
+    Reads headers and metadata only, no weights. MODEL may be on the Hub: OWNER/NAME[@REVISION].
     """
     from quantkit.pipeline import Job, planned
     from quantkit.plan import report
     from quantkit.plan.build import Limits
-    from quantkit.run.events import Silent
+    from quantkit.run.events import Silent, size
 
     limits = Limits(max_shard_size, max_shard_tensors)
-    job = Job(model, recipe, limits, name, mmproj_type(mmproj), rounding=rounding)
-    with planned(job, Silent()) as (_, decided):
+    with ExitStack() as stack:
+        session = stack.enter_context(on_hub(hub, Silent()))
+        job = Job(session.at(model), recipe, limits, name, mmproj_type(mmproj), rounding=rounding)
+        _, decided = stack.enter_context(planned(job, Silent()))
+        n_threads = threads or default_threads()
+        n_bytes = decided.memory(n_threads, memory).n_bytes
         if as_json:
             files = [report.as_json(plan) for plan in decided.plans]
             advice = [{"flag": item.flag, "reason": item.reason} for item in decided.advice]
-            data = {"files": files, "advice": advice, "ignored": decided.ignored}
+            data = {
+                "files": files,
+                "advice": advice,
+                "ignored": decided.ignored,
+                "warnings": decided.warnings,
+                "memory": {"n_bytes": n_bytes, "n_threads": n_threads},
+            }
             click.echo(json.dumps(data, indent=1))
             return
         _show(decided, job.n_tokens(decided.recipe), with_tensors=tensors)
+        click.echo(f"memory: {size(n_bytes)} for tiles on {n_threads} threads, beside the program")
 
 
 def _show(decided: Planned, n_tokens: int, *, with_tensors: bool) -> None:
@@ -68,7 +95,7 @@ def _show(decided: Planned, n_tokens: int, *, with_tensors: bool) -> None:
             _show_tensors(console, plan)
     text = decided.plans[-1]
     _show_work(console, decided, n_tokens)
-    notes = list(substitutions(text))
+    notes = [*decided.warnings, *substitutions(text)]
     reasons: dict[str, int] = {}
     for name, reason in decided.ignored.items():
         if len(decided.plans) > 1 and name.startswith(VISION):
@@ -130,9 +157,11 @@ def _show_shards(console: Console, plan: Plan) -> None:
 def _show_tensors(console: Console, plan: Plan) -> None:
     from rich.table import Table
 
+    from quantkit.plan.report import formats
+
     table = Table()
-    for heading, justify in (("tensor", "left"), ("shape (ne)", "left"), ("type", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("tensor", "shape (ne)", "type", "from"):
+        table.add_column(heading)
     for heading in ("file", "offset", "bytes"):
         table.add_column(heading, justify="right")
     for tensor in plan.tensors:
@@ -140,6 +169,7 @@ def _show_tensors(console: Console, plan: Plan) -> None:
             tensor.spec.name,
             " x ".join(str(n) for n in reversed(tensor.spec.shape)),
             tensor.type.name,
+            ", ".join([*formats(tensor), *(["copied"] if tensor.repack else [])]),
             str(tensor.shard + 1),
             f"{tensor.begin:,}",
             f"{tensor.n_bytes:,}",

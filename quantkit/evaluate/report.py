@@ -27,6 +27,7 @@ from pydantic import (
 
 import quantkit
 from quantkit.container.names import escaped, shown
+from quantkit.container.reader import RangeFile
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import NonFiniteError, UsageError
 
@@ -272,7 +273,7 @@ def parse_report(raw: object, *, where: str = "report") -> Report:
 
 
 def describe(
-    path: str | Path,
+    path: str | Path | RangeFile,
     summary: Mapping[str, Any],
     *,
     kld: npt.NDArray[np.floating[Any]] | None = None,

@@ -22,6 +22,7 @@ from quantkit.allocate.solve import Allocation
 from quantkit.errors import UsageError
 from quantkit.guide.memory import cache_bytes, context
 from quantkit.guide.model import read_shape
+from quantkit.hub.session import Place
 from quantkit.pipeline.conversion import Job, Planned, planned
 from quantkit.pipeline.guide import LADDER, PRESETS
 from quantkit.plan.build import MAX_SHARD_BYTES, TypeChooser, can_repack
@@ -83,7 +84,7 @@ class Question:
     `types` None are all that llama.cpp's main backends run well.
     """
 
-    model: Path
+    model: Place
     reading: Reading
     running: Running
     rounding: Rounding = "feedback"
@@ -194,8 +195,10 @@ def sensitivities(
     """What is kept in the folder of this model, text and setting, or measured now."""
     from quantkit.pipeline.opening import opened, read_tokens  # noqa: PLC0415 - brings torch
 
+    budget = question.reading.budget
     with opened(question.model, question.running.constants) as model:
-        tokens = read_tokens(model, question.reading)
+        saved = question.reading.corpus.endswith(".safetensors")  # and so taken whole
+        tokens = read_tokens(model, replace(question.reading, budget=None if saved else budget))
         about = f"{tokens.name}, {len(tokens.ids):,} tokens"
         compute = question.running.compute()
         said = (

@@ -14,6 +14,7 @@ from quantkit.calibrate.statistics import Statistics
 from quantkit.container.kv import string, u32
 from quantkit.errors import UsageError
 from quantkit.evaluate.summary import with_bos
+from quantkit.hub.session import Place
 from quantkit.pipeline.opening import Opened, Reading, Running, opened, read_tokens
 from quantkit.run import fs
 from quantkit.run.events import Reporter, size
@@ -27,7 +28,7 @@ _IDENTITY = "quantkit.calibration.identity"
 class Calibration:
     """What to measure, on what, and how."""
 
-    model: Path
+    model: Place
     reading: Reading
     running: Running = field(default_factory=Running)
 

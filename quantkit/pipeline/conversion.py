@@ -1,4 +1,4 @@
-"""The story: open a checkpoint, plan, quantise, write. Each step can be run and seen alone."""
+"""The story: open a model, plan, quantise, write. Each step can be run and seen alone."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from quantkit.arch.base import Advice, Config, Model
 from quantkit.arch.general import describe_name, general_kvs
 from quantkit.arch.registry import describe_mmproj, describe_text
 from quantkit.arch.vision import has_tower
 from quantkit.errors import UsageError
+from quantkit.hub.session import Place
+from quantkit.pipeline import gguf_source
 from quantkit.pipeline.importance import Importance, load_importance
 from quantkit.plan.build import Limits, TypeChooser, build_plan, file_type
+from quantkit.plan.memory import Memory, fit, hidden_states
 from quantkit.plan.rounding import rounded_by_inputs
 from quantkit.quantize.codec import Codec, How, codec_of, encodable
-from quantkit.quantize.tiles import Encoding, encode_tile
+from quantkit.quantize.tiles import Encoding, Source, encode_tile
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.run import fs
 from quantkit.run.events import Reporter, files, size
 from quantkit.run.executor import run_threaded
-from quantkit.source.checkpoint import Checkpoint, open_checkpoint
+from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.gguf import MODEL, GgufSource
 from quantkit.text.extras import require
-from quantkit.types import GgmlType, Kv, Plan
+from quantkit.types import GgmlType, Kv, Plan, Weight
 from quantkit.write.record import Provenance
 from quantkit.write.writer import ShardWriter, is_written
 
@@ -35,14 +39,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the user asked for. `mmproj` is a type, or None for no vision file.
+    """What the user asked for. `model` is a checkpoint's folder or a GGUF file, `mmproj` the type
+    of a checkpoint's vision file, or None for no such file.
 
     `imatrix` is a file of importance statistics. Without one, a low-bit recipe is calibrated first
     with `budget` tokens of `corpus`, unless that is None. `rounding` overrules the recipe's; with
     feedback, weights are rounded while the model runs on that text.
     """
 
-    model: Path
+    model: Place
     recipe: str
     limits: Limits = field(default_factory=Limits)
     name: str | None = None
@@ -59,13 +64,28 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The plans of a job's files, in the order of writing, and what to know about them."""
+    """The plans of a job's files, in the order of writing, and what to know about them.
+
+    `warnings` are sentences about the source.
+    """
 
     recipe: Recipe
     plans: tuple[Plan, ...]
     advice: tuple[Advice, ...]
     ignored: dict[str, str]
     importance: Importance | None = None
+    warnings: tuple[str, ...] = ()
+
+    def memory(self, n_threads: int, budget: int | None) -> Memory:
+        """How the job keeps within `budget` bytes; raises as `fit` and `hidden_states` do."""
+        if self.by_inputs and budget is not None:
+            hidden_states(self.plans[-1], budget)
+        return fit(self.plans, self.how, n_threads, budget)
+
+    @property
+    def how(self) -> How:
+        """How weights are encoded."""
+        return How(self.recipe.effort, self.recipe.weighting, self.recipe.gain)
 
     @property
     def by_inputs(self) -> dict[str, GgmlType]:
@@ -94,29 +114,38 @@ _WANTS_IMPORTANCE_BPW = 3.5
 
 
 @contextmanager
-def planned(job: Job, reporter: Reporter) -> Iterator[tuple[Checkpoint, Planned]]:
-    """Open the checkpoint and decide everything that metadata can decide."""
+def planned(job: Job, reporter: Reporter) -> Iterator[tuple[Source, Planned]]:
+    """Open the model and decide everything that metadata can decide."""
     recipe = load_recipe(job.recipe)
     if job.rounding is not None:
         recipe = recipe.model_copy(update={"rounding": job.rounding})
-    with open_checkpoint(job.model) as checkpoint:
-        n_files = len({ref.file for ref in checkpoint.tensors.values()})
-        reporter.stage("open", f"{len(checkpoint.tensors):,} tensors in {files(n_files)}")
-        decided = _plan(job, checkpoint, recipe)
+    with gguf_source.open_source(job.model) as source:
+        n_files = len({ref.file for ref in source.tensors.values()})
+        reporter.stage("open", f"{len(source.tensors):,} tensors in {files(n_files)}")
+        decided = _plan(job, source, recipe)
         text = decided.plans[-1]
         reporter.stage(
             "plan",
             f"{len(text.tensors):,} tensors, {text.bpw:.3f} bpw, {size(text.n_bytes)} "
             f"in {files(len(text.shards))}",
         )
-        yield checkpoint, decided
+        yield source, decided
+
+
+class OpenWriter(Protocol):
+    """Opens the output of one plan."""
+
+    def __call__(self, folder: Path, plan: Plan, *, restart: bool) -> ShardWriter:
+        """See `ShardWriter`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """Where it goes. `restart` discards an unfinished run, `force` replaces finished files.
 
-    `device` is where weights are encoded: cpu (numba), or one of torch's, such as cuda.
+    `device` is where weights are encoded: cpu (numba), or one of torch's, such as cuda. `memory` is
+    a bound in bytes for what is in work, beside the process itself and the metadata; see `fit`.
+    `open_writer` may be something that sends finished shards elsewhere as well.
     """
 
     folder: Path
@@ -124,18 +153,25 @@ class Output:
     restart: bool = False
     force: bool = False
     device: str = "cpu"
+    open_writer: OpenWriter = ShardWriter
+    memory: int | None = None
 
 
 def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
-    """Convert a checkpoint; every file of it is complete under its final name, or there is none."""
-    with planned(job, reporter) as (checkpoint, first):
+    """Convert a model; every file of it is complete under its final name, or there is none."""
+    with planned(job, reporter) as (source, first):
         decided, text = first, None
+        first.memory(output.n_threads, output.memory)  # or refuse before any work
+        for warning in first.warnings:
+            reporter.warn(warning)
+        if isinstance(source, GgufSource):
+            job = _as_allowed(job, source, first, output)
         if decided.by_inputs:
-            text = _text(job, decided.recipe, output)
-            decided = _plan(job, checkpoint, decided.recipe, text.kvs)
+            text = _text(job, decided, output)
+            decided = _plan(job, source, decided.recipe, text.kvs)
         if decided.starved and job.imatrix is None and job.corpus is not None:
             job = replace(job, imatrix=_calibrated(job, decided, output, reporter))
-            decided = _plan(job, checkpoint, decided.recipe, text.kvs if text else None)
+            decided = _plan(job, source, decided.recipe, text.kvs if text else None)
         if decided.starved:
             types = ", ".join(decided.starved)
             reporter.warn(f"{types} without importance statistics: all columns count alike")
@@ -143,11 +179,24 @@ def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
             if is_written(output.folder, plan, force=output.force):
                 reporter.stage("write", f"{plan.stem} is already there, nothing to do")
             else:
-                _write(plan, checkpoint, decided, output, reporter, text)
+                _write(plan, source, decided, output, reporter, text)
     return decided
 
 
-def _text(job: Job, recipe: Recipe, output: Output) -> Text:
+def _as_allowed(job: Job, source: GgufSource, decided: Planned, output: Output) -> Job:
+    """The job on a GGUF file, of which no tokenizer is read; refuses what needs one."""
+    gguf_source.refuse_own_source(source, decided.plans[-1], output.folder)
+    if source.kind != MODEL or job.corpus is None:
+        return replace(job, corpus=None)  # no text goes through a vision tower
+    if not job.corpus.endswith(".safetensors"):
+        if decided.by_inputs:
+            raise gguf_source.refuse_to_read("", feedback=True)
+        if decided.starved and job.imatrix is None:
+            raise gguf_source.refuse_to_read(", ".join(decided.starved), feedback=False)
+    return job
+
+
+def _text(job: Job, decided: Planned, output: Output) -> Text:
     """What the model will be run on while its weights are rounded."""
     if job.corpus is None:
         raise UsageError(
@@ -158,27 +207,68 @@ def _text(job: Job, recipe: Recipe, output: Output) -> Text:
     from quantkit.pipeline.opening import Running  # noqa: PLC0415 - brings torch
     from quantkit.pipeline.rounding import Text  # noqa: PLC0415
 
-    return Text.read(job.model, job.corpus, job.n_tokens(recipe), Running(output.device))
+    running = Running(output.device)
+    if output.memory is not None:
+        running = replace(running, memory=hidden_states(decided.plans[-1], output.memory))
+    return Text.read(job.model, job.corpus, job.n_tokens(decided.recipe), running)
 
 
 def _calibrated(job: Job, decided: Planned, output: Output, reporter: Reporter) -> Path:
     """The imatrix of this model in the output folder, measured now if it is not there yet."""
     require("torch")
     from quantkit.pipeline.calibration import Calibration, calibrate  # noqa: PLC0415 - brings torch
-    from quantkit.pipeline.opening import Reading  # noqa: PLC0415
+    from quantkit.pipeline.opening import Reading, Running  # noqa: PLC0415
 
-    corpus, n_tokens = job.corpus or "", job.n_tokens(decided.recipe)
+    corpus = job.corpus or ""
+    budget = None if corpus.endswith(".safetensors") else job.n_tokens(decided.recipe)
     types = ", ".join(decided.starved)
-    reporter.warn(f"{types} and no --imatrix: calibrating first, {n_tokens:,} tokens of {corpus}")
+    amount = "" if budget is None else f"{budget:,} tokens of "
+    reporter.warn(f"{types} and no --imatrix: calibrating first, {amount}{corpus}")
     plan = decided.plans[-1]
     path = output.folder / f"{plan.stem.removesuffix(f'-{plan.recipe_name}')}.imatrix.gguf"
     fs.make_folder(output.folder)
-    calibrate(Calibration(job.model, Reading(corpus, n_tokens)), path, reporter)
+    running = Running() if output.memory is None else Running(memory=output.memory)
+    calibrate(Calibration(job.model, Reading(corpus, budget), running), path, reporter)
     return path
 
 
-def _plan(
-    job: Job, checkpoint: Checkpoint, recipe: Recipe, kvs: Mapping[str, Kv] | None = None
+def _plan(job: Job, source: Source, recipe: Recipe, kvs: Mapping[str, Kv] | None = None) -> Planned:
+    if isinstance(source, GgufSource):
+        return _plan_gguf(job, source, recipe, kvs)
+    return _plan_checkpoint(job, source, recipe, kvs)
+
+
+def _plan_gguf(
+    job: Job, source: GgufSource, recipe: Recipe, kvs: Mapping[str, Kv] | None
+) -> Planned:
+    if source.kind != MODEL:
+        recipe = recipe.model_copy(update={"rounding": "nearest"})
+    model = gguf_source.described(source)
+    importance = load_importance(job.imatrix, model.tensors) if job.imatrix else None
+    chooser = TypeChooser(recipe, model.tensors, encodable())
+    changed = gguf_source.changed_kvs(file_type(model.tensors, chooser), recipe)
+    plan = build_plan(
+        model.tensors,
+        chooser,
+        model.kvs | changed | (importance.kvs if importance else {}) | dict(kvs or {}),
+        stem=gguf_source.stem_of(source, job.name, recipe),
+        arch=model.arch,
+        recipe_name=recipe.name,
+        source_fingerprint=_fingerprint(source, recipe, importance),
+        limits=job.limits,
+    )
+    told = tuple(gguf_source.warnings(model, plan))
+    return Planned(recipe, (plan,), (), {}, importance, told)
+
+
+def _fingerprint(source: Source, recipe: Recipe, importance: Importance | None) -> str:
+    return " ".join(
+        [source.fingerprint(), recipe.digest(), importance.digest if importance else ""]
+    )
+
+
+def _plan_checkpoint(
+    job: Job, checkpoint: Checkpoint, recipe: Recipe, kvs: Mapping[str, Kv] | None
 ) -> Planned:
     config = Config(checkpoint.config)
     text = describe_text(config, checkpoint.weights, checkpoint)
@@ -221,9 +311,7 @@ def _plan_file(
         stem=f"{name}-{recipe.name}" if is_model else f"mmproj-{name}-{recipe.name}",
         arch=model.arch,
         recipe_name=recipe.name,
-        source_fingerprint=" ".join(
-            [checkpoint.fingerprint(), recipe.digest(), importance.digest if importance else ""]
-        ),
+        source_fingerprint=_fingerprint(checkpoint, recipe, importance),
         limits=job.limits if is_model else Limits(None),
     )
 
@@ -245,27 +333,47 @@ def _codecs(plan: Plan, device: str) -> Callable[[GgmlType], Codec]:
     return lambda type_: codecs.get(type_) or codec_of(type_)
 
 
+def _in_order(plan: Plan, writer: ShardWriter) -> Iterator[Weight]:
+    """Weights in the order in which the tiles that are missing will read them."""
+    last: Weight | None = None
+    for number, tile in writer.missing():
+        tensor = plan.tensors[number]
+        if tensor.spec.slabs and (weight := tensor.spec.slabs[tensor.tile(tile)[0]].weight) != last:
+            last = weight
+            yield weight
+
+
 def _write(
     plan: Plan,
-    checkpoint: Checkpoint,
+    source: Source,
     decided: Planned,
     output: Output,
     reporter: Reporter,
     text: Text | None,
 ) -> None:
     recipe, importance = decided.recipe, decided.importance
-    how = How(recipe.effort, recipe.weighting, recipe.gain)
     lookup = importance.lookup if importance else None
-    encoding = Encoding(how, lookup, _codecs(plan, output.device))
-    provenance = Provenance(checkpoint.root.name, checkpoint.fingerprint(), recipe)
+    memory = decided.memory(output.n_threads, output.memory)
+    encoding = Encoding(
+        decided.how, lookup, _codecs(plan, output.device), strip_weights=memory.strip_weights
+    )
+    provenance = Provenance(source.origin, source.fingerprint(), recipe)
     n_inexact = 0
-    with ShardWriter(output.folder, plan, restart=output.restart) as writer:
+    with output.open_writer(output.folder, plan, restart=output.restart) as writer:
         reporter.begin(plan.stem, plan.n_bytes, writer.n_done_bytes())
         try:
             if text is not None and plan is decided.plans[-1]:
                 text.round(plan, encoding, recipe.feedback, writer, output.n_threads, reporter)
-            work = partial(encode_tile, checkpoint, plan.tensors, encoding=encoding)
-            with closing(run_threaded(work, writer.missing(), output.n_threads)) as tiles:
+            source.will_read(_in_order(plan, writer))
+            work = partial(encode_tile, source, plan.tensors, encoding=encoding)
+            in_flight = run_threaded(
+                work,
+                writer.missing(),
+                output.n_threads,
+                n_bytes=lambda key: memory.of_tile(plan.tensors[key[0]]),
+                budget=memory.n_bytes,
+            )
+            with closing(in_flight) as tiles:
                 for tile in tiles:
                     writer.write(tile.tensor, tile.tile, tile.data, tile.digest)
                     reporter.advance(tile.data.nbytes)
@@ -273,9 +381,6 @@ def _write(
         finally:
             reporter.end()
         writer.commit(provenance)
-        fs.remove_folder(writer.work)
     if n_inexact:
-        reporter.warn(
-            f"{n_inexact:,} INT4 blocks have a scale beyond f16 and were encoded, not copied"
-        )
+        reporter.warn(f"{n_inexact:,} blocks have a scale beyond f16 and were encoded, not copied")
     reporter.stage("write", f"{plan.stem}: {size(plan.n_bytes)} in {files(len(plan.shards))}")

@@ -23,6 +23,8 @@ from quantkit.evaluate.report import Base, Coverage, TaskResult, Text, describe,
 from quantkit.evaluate.scores import Scores
 from quantkit.evaluate.summary import Summary, perplexity, scored_positions, summarise
 from quantkit.forward.sweep import Sweep, clear_state
+from quantkit.hub.folder import HubFile
+from quantkit.hub.session import Place
 from quantkit.pipeline.calibration import progress_of, tell_text
 from quantkit.pipeline.opening import (
     MODEL,
@@ -53,8 +55,8 @@ class Evaluation:
     calibrated with: a text that shares too much with them is refused unless `force`.
     """
 
-    model: Path
-    quants: tuple[Path, ...]
+    model: Place
+    quants: tuple[Path | HubFile, ...]
     reading: Reading | None
     running: Running = field(default_factory=Running)
     engine: Engine = "quantkit"
@@ -83,7 +85,7 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
     with ExitStack() as stack:
         quants = [stack.enter_context(opened_gguf(path, constants)) for path in job.quants]
         base: Opened | BaseFile
-        if is_file:
+        if is_file and isinstance(job.model, Path):
             base, name = BaseFile(job.model), job.model.name
             cut, text = _read_file(base, name, reporter)
         else:
@@ -104,12 +106,12 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
     return _report(job, name, text, scores, traces, tasks, statistics)
 
 
-def models_among(paths: Sequence[Path], reporter: Reporter) -> tuple[Path, ...]:
+def models_among(paths: Sequence[Path | HubFile], reporter: Reporter) -> tuple[Path | HubFile, ...]:
     """The models among GGUF files, a shard set by its first; what is left out is told.
 
     `OUT/*.gguf` may so be given as it is. Where nothing is a model, all is returned.
     """
-    models: list[Path] = []
+    models: list[Path | HubFile] = []
     others, n_shards = [], 0
     for path in paths:
         named = parse_shard_file_name(path.name)
@@ -147,9 +149,9 @@ def _other(job: Evaluation, is_file: bool) -> str:
     return "a file of log-probabilities" if is_file else job.engine
 
 
-def is_base_file(path: Path) -> bool:
+def is_base_file(path: Place) -> bool:
     """Whether this is a file of base log-probabilities, by its first bytes."""
-    if not path.is_file():
+    if not isinstance(path, Path) or not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
@@ -243,18 +245,33 @@ def _scores_of_llamacpp(
 ) -> Scores:
     """The quants run by llama.cpp; a base that is a checkpoint is run here, into a base file."""
     with ExitStack() as stack:
-        source: Path | BaseFile = base if isinstance(base, BaseFile) else job.model
-        if isinstance(base, Opened) and base.shards is None:
+        source: Path | BaseFile
+        if isinstance(base, BaseFile):
+            source = base
+        elif base.shards is None:
             source = stack.enter_context(_temporary_base(job, base, cut, work, reporter))
+        else:
+            source = _here(job.model)
         title = f"llama.cpp evaluates {len(job.quants)}"
         with progress_of(cut.size, title, reporter) as progress:
             return score_with_llamacpp(
                 source,
-                job.quants,
+                [_here(path) for path in job.quants],
                 cut,
                 threads=job.n_threads,
                 on_chunk=lambda n_done: progress(1 / len(cut)),
             )
+
+
+def _here(place: Place) -> Path:
+    """A file that llama.cpp can open."""
+    if isinstance(place, Path):
+        return place
+    raise UsageError(
+        "llama.cpp runs files on this machine only",
+        where=str(place),
+        hint="download it first, or leave --engine out",
+    )
 
 
 @contextmanager

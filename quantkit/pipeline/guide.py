@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from quantkit.container.layout import DEFAULT_ALIGNMENT, padded
 from quantkit.container.names import escaped, shown
+from quantkit.container.reader import GgufFile
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.guide.guide import Guide, Rung, best_rung, make_guide
@@ -22,6 +23,8 @@ from quantkit.guide.model import (
     thinking_switch,
     with_recommended_sampling,
 )
+from quantkit.hub.folder import HubFile
+from quantkit.hub.session import Place
 from quantkit.pipeline.conversion import Job, Planned, planned
 from quantkit.plan.build import TypeChooser
 from quantkit.quantize.codec import encodable
@@ -47,7 +50,7 @@ class Question:
     `n_ctx` None is 98,304 or what the model allows; `repo` is where the files are on the Hub.
     """
 
-    path: Path
+    path: Place
     machine: Machine
     recipe: str | None = None
     n_ctx: int | None = None
@@ -56,19 +59,21 @@ class Question:
 
 def guide(question: Question) -> Guide:
     """Answer it from headers and metadata alone; raises what opening raises."""
-    if question.path.suffix == ".gguf":
+    path = question.path
+    if isinstance(path, HubFile) or (isinstance(path, Path) and path.suffix == ".gguf"):
         if question.recipe is not None:
             raise UsageError(
                 "a GGUF file has its types already",
                 where="--recipe",
                 hint="give the checkpoint's folder to see what other recipes would make of it",
             )
-        model = model_of_file(open_shards(question.path))
-        return make_guide(model, question.machine, question.n_ctx, repo=question.repo)
+        repo = path.folder.repo.ref.repo if isinstance(path, HubFile) else None
+        model = model_of_file(open_shards(path))
+        return make_guide(model, question.machine, question.n_ctx, repo=question.repo or repo)
     name = question.recipe or "q8_0"
     rungs: tuple[Rung, ...] = ()
     while True:
-        with planned(Job(question.path, name), Silent()) as (_, decided):
+        with planned(Job(path, name), Silent()) as (_, decided):
             rungs = rungs or tuple(ladder(decided, question.machine, question.n_ctx))
             best = question.recipe or best_rung(rungs) or min(rungs, key=_n_bytes).recipe
             if best == name:
@@ -125,7 +130,7 @@ def model_of_file(shards: ShardSet) -> Model:
     model = Model(
         name=shards.stem,
         arch=str(arch.value) if arch else "",
-        files=tuple(str(file.path) for file in shards.files),
+        files=tuple(_path(file) for file in shards.files),
         n_bytes=shards.n_bytes,
         tensors=tuple(Held(t.name, t.type, t.n_bytes) for _, t in shards.tensors()),
         shape=read_shape(shards.kvs, where=where),
@@ -193,8 +198,21 @@ def _tips(kvs: Kvs) -> tuple[Tip, ...]:
     )
 
 
+def _path(file: GgufFile) -> str:
+    """Where a file is; of one on the Hub, where `hf download --local-dir .` puts it."""
+    return file.remote.path if isinstance(file.remote, HubFile) else str(file.path)
+
+
 def _mmproj(shards: ShardSet) -> tuple[str, int] | None:
-    """The vision file beside a model: the one of its name, or the only one."""
+    """The vision file beside a model: the one of its name, or the only one.
+
+    On the Hub it is the repository's, F16 where there are several.
+    """
+    first = shards.files[0].remote
+    if isinstance(first, HubFile):
+        paths = [p for p in first.folder.ggufs() if PurePath(p).name.startswith("mmproj")]
+        paths.sort(key=lambda path: "-f16" not in path.lower())
+        return (paths[0], first.folder.files.size(paths[0])) if paths else None
     found = sorted(shards.folder.glob("mmproj*.gguf"))
     named = [
         path

@@ -21,6 +21,8 @@ from quantkit.forward.hyper import Constants, Hyper, read_hyper
 from quantkit.forward.matrices import Activations, Compute
 from quantkit.forward.sweep import Settings
 from quantkit.forward.weights import CheckpointWeights, GgufWeights, Weights
+from quantkit.hub.folder import HubFile
+from quantkit.hub.session import Place
 from quantkit.source.checkpoint import open_checkpoint
 from quantkit.text.chat import ChatTemplate, read_chat_template
 from quantkit.text.corpus import load_corpus
@@ -83,9 +85,9 @@ class Reading:
 
 
 @contextmanager
-def opened(path: Path, constants: Constants) -> Iterator[Opened]:
+def opened(path: Place, constants: Constants) -> Iterator[Opened]:
     """Open a checkpoint's folder or a GGUF file for running; raises what opening raises."""
-    if path.suffix == ".gguf":
+    if isinstance(path, HubFile) or (isinstance(path, Path) and path.suffix == ".gguf"):
         with opened_gguf(path, constants) as file:
             yield file
         return
@@ -109,7 +111,7 @@ def opened(path: Path, constants: Constants) -> Iterator[Opened]:
 
 
 @contextmanager
-def opened_gguf(path: Path, constants: Constants) -> Iterator[Opened]:
+def opened_gguf(path: Path | HubFile, constants: Constants) -> Iterator[Opened]:
     """Open a GGUF file, or the shard set that it belongs to; `UsageError` if it is no model."""
     shards = open_shards(path)
     if (kind := kind_of(shards)) != MODEL:
@@ -118,8 +120,9 @@ def opened_gguf(path: Path, constants: Constants) -> Iterator[Opened]:
             where=escaped(str(path)),
         )
     weights = GgufWeights(shards)
-    stamps = [(file.path.name, file.n_bytes, file.path.stat().st_mtime_ns) for file in shards.files]
-    identity = hashlib.sha256(repr((str(path.resolve()), stamps, constants)).encode()).hexdigest()
+    stamps = [(file.path.name, *file.stamp()) for file in shards.files]
+    place = path.resolve() if isinstance(path, Path) else path
+    identity = hashlib.sha256(repr((str(place), stamps, constants)).encode()).hexdigest()
     try:
         hyper = read_hyper(weights.kvs, constants)
         yield Opened(path.name, weights, hyper, identity, _bos(weights.kvs), None, None, shards)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.container.kv import string, u32
 from quantkit.evaluate.summary import with_bos
+from quantkit.forward.hyper import require_feedback
 from quantkit.forward.sweep import Settings, clear_state
 from quantkit.forward.weights import Tile
+from quantkit.hub.session import Place
 from quantkit.pipeline.calibration import tell_text
 from quantkit.pipeline.opening import Reading, Running, opened, read_tokens
 from quantkit.plan.rounding import rounded_by_inputs
@@ -36,18 +37,19 @@ from quantkit.write.writer import ShardWriter
 class Text:
     """The text that a model is run on while its weights are rounded."""
 
-    model: Path
+    model: Place
     tokens: TokenSet
     n_tokens: int
     n_ctx: int
     running: Running
 
     @classmethod
-    def read(cls, model: Path, corpus: str, n_tokens: int, running: Running) -> Text:
+    def read(cls, model: Place, corpus: str, n_tokens: int, running: Running) -> Text:
         """`n_tokens` from all over a corpus. Raises what opening a model and reading text raise."""
         saved = corpus.endswith(".safetensors")
         reading = Reading(corpus, None if saved else n_tokens * _SPREAD)
         with opened(model, running.constants) as described:
+            require_feedback(described.hyper)
             tokens = read_tokens(described, reading)
         return cls(model, tokens, n_tokens, reading.n_ctx, running)
 

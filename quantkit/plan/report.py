@@ -64,6 +64,11 @@ def work(plan: Plan) -> dict[str, int]:
     }
 
 
+def formats(tensor: PlannedTensor) -> list[str]:
+    """How the weights of a tensor are stored; none for constants."""
+    return sorted({slab.weight.format.value for slab in tensor.spec.slabs})
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """The whole plan as plain data."""
     return {
@@ -88,6 +93,7 @@ def _tensor(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:
         "shape": list(tensor.spec.shape),
         "type": tensor.type.name,
         "wanted": tensor.wanted.name,
+        "source": formats(tensor),
         "repack": tensor.repack,
         "shard": plan.shards[tensor.shard].file,
         "begin": tensor.begin,

@@ -14,9 +14,16 @@ def slab_rows(spec: TensorSpec) -> int:
     if not spec.slabs:
         return spec.grid[0]
     slab = spec.slabs[0]
-    if slab.op is SlabOp.TRANSPOSE:
-        return slab.weight.n_cols
-    return slab.row_end - slab.row_begin
+    n_rows = slab.row_end - slab.row_begin
+    match slab.op:
+        case SlabOp.TRANSPOSE:
+            return slab.weight.n_cols
+        case SlabOp.EVEN_COLUMNS_AS_ROWS | SlabOp.ODD_COLUMNS_AS_ROWS:
+            return slab.weight.n_cols // 2
+        case SlabOp.EVEN_ROWS | SlabOp.ODD_ROWS:
+            return n_rows // 2
+        case _:
+            return n_rows
 
 
 def tile_rows(spec: TensorSpec) -> int:

@@ -24,7 +24,7 @@ from quantkit.types import GgmlType
 F32 = npt.NDArray[np.float32]
 
 # Types of few levels under f16 scales: others lose next to nothing.
-_RAISED = frozenset(
+RAISED = frozenset(
     {
         GgmlType.Q2_K,
         GgmlType.IQ1_S,
@@ -48,7 +48,7 @@ def encode_rows(codec: Codec, x: Tile, importance: Importance | None, how: How) 
     leave f16.
     """
     blocks = codec.encode(x, importance, how)
-    if not how.gain or codec.type not in _RAISED:
+    if not how.gain or codec.type not in RAISED:
         return blocks
     n = codec.type.block_size
     gamma = _gamma(x, codec.decode(blocks), importance, n).reshape(len(x), x.shape[1] // n)

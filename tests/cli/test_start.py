@@ -15,6 +15,7 @@ COMMANDS = (
     "evaluate",
     "allocate",
     "guide",
+    "doctor",
     "inspect",
     "verify",
     "recipes",

@@ -1,0 +1,1 @@
+"""What `quantkit doctor` finds out about this machine, and about a job on it."""
