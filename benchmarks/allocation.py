@@ -34,7 +34,7 @@ from quantkit.pipeline.opening import Reading, Running
 from quantkit.plan.build import MAX_SHARD_BYTES
 from quantkit.quantize.codec import How, codec_of
 from quantkit.quantize.gain import encode_rows
-from quantkit.recipe import load_recipe
+from quantkit.recipe import Recipe, load_recipe
 from quantkit.run.events import Silent
 from quantkit.source.slabs import read_rows
 from quantkit.types import GgmlType, TensorSpec
@@ -109,7 +109,8 @@ def _plain(args: argparse.Namespace, n_bytes: int, recipe: Path) -> None:
 
         groups = build_groups(specs, cost, Question(args.model, Reading(""), Running()).legal)
     found = allocate_within(groups, Files(specs, plan.kvs, MAX_SHARD_BYTES), n_bytes - _RECORDS)
-    recipe.write_text(as_yaml(specs, found.types(), recipe.stem, rounding="feedback"))
+    like = Recipe(name=recipe.stem, default=GgmlType.Q8_0, rounding="feedback")
+    recipe.write_text(as_yaml(specs, found.types(), recipe.stem, like=like))
 
 
 def _converted(args: argparse.Namespace, recipe: Path) -> Path:
