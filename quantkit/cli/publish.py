@@ -96,7 +96,9 @@ def publish_command(
     elif dry_run:
         _show(done)
     elif not quiet:
-        click.echo(f"https://huggingface.co/{done.repo}")
+        from quantkit.hub.client import endpoint
+
+        click.echo(f"{endpoint()}/{done.repo}")
 
 
 def _show(done: Done) -> None:

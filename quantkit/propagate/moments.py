@@ -101,21 +101,29 @@ class Moments:
             total.add_(float(w.double().sum()))
             self._n_tokens[fold] += len(index)
 
-    def fitted(self) -> Sums:
-        """Sums over tokens that are not held back."""
-        return self._sums(0)
+    def fitted(self, matrix: int | None = None) -> Sums:
+        """Sums over tokens that are not held back, of all matrices or of one."""
+        return self._sums(0, matrix)
 
-    def held(self) -> Sums:
+    def held(self, matrix: int | None = None) -> Sums:
         """Sums over tokens that are."""
-        return self._sums(1)
+        return self._sums(1, matrix)
 
-    def all(self) -> Sums:
+    def all(self, matrix: int | None = None) -> Sums:
         """Both."""
-        return self.fitted() + self.held()
+        return self.fitted(matrix) + self.held(matrix)
 
-    def _sums(self, fold: int) -> Sums:
+    def gram(self, matrix: int) -> tuple[Tensor, float, int]:
+        """Sum over all tokens f32[n, n] of one matrix alone, their weight, and their number."""
+        (gram, *_, weight), (held, *_, more) = self._folds
+        total = float(weight[matrix] + more[matrix])
+        return gram[matrix] + held[matrix], total, sum(self._n_tokens)
+
+    def _sums(self, fold: int, matrix: int | None) -> Sums:
         gram, drift, written, total = self._folds[fold]
-        return Sums(gram, drift, written if self._writes else None, total, self._n_tokens[fold])
+        residual = written if self._writes else None
+        sums = Sums(gram, drift, residual, total, self._n_tokens[fold])
+        return sums if matrix is None else sums.of(matrix)
 
 
 def _some(tensor: Tensor | None) -> Tensor:

@@ -68,23 +68,25 @@ class FeedbackQuantiser:
 
     def take(self, name: str, matrix: int, moments: Moments, at: int) -> None:
         """See `Quantiser`."""
-        rows, n = self._teacher.shape(name)[-2:]
-        width = moments.width
-        step = max(1, _AT_ONCE // n)
-        parts = []
-        for k in range(n // width):
-            columns = slice(k * width, (k + 1) * width)
-            aim = self._retarget(name, matrix, moments, at + k, columns)
-            done = []
-            for begin in range(0, rows, step):
-                w = self._rows(name, matrix, begin, min(begin + step, rows))[:, columns]
-                if aim is not None:
-                    w = aim(w.to(moments.device), begin).cpu()
-                done.append(self._encoded(name, w, moments, at + k))
-            parts.append(np.concatenate(done))
+        n_parts = self._teacher.shape(name)[-1] // moments.width
+        parts = [self._part(name, matrix, moments, at, k) for k in range(n_parts)]
         blocks = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
         self._sink(name, matrix, blocks)
         self._student.put(name, matrix, self._types[name], blocks)
+
+    def _part(self, name: str, matrix: int, moments: Moments, at: int, part: int) -> Blocks:
+        """All rows of a part of the columns."""
+        rows, n = self._teacher.shape(name)[-2:]
+        columns = slice(part * moments.width, (part + 1) * moments.width)
+        step = max(1, _AT_ONCE // n)
+        aim = self._retarget(name, matrix, moments, at + part, columns)
+        done = []
+        for begin in range(0, rows, step):
+            w = self._rows(name, matrix, begin, min(begin + step, rows))[:, columns]
+            if aim is not None:
+                w = aim(w.to(moments.device), begin).cpu()
+            done.append(self._encoded(name, w, moments, at + part))
+        return np.concatenate(done)
 
     def _encoded(self, name: str, w: torch.Tensor, moments: Moments, at: int) -> Blocks:
         codec, r = self._codec_of(self._types[name]), self._rounding
@@ -103,18 +105,20 @@ class FeedbackQuantiser:
         return torch.from_numpy(self._teacher.read(name, first + begin, first + end))
 
     def _metric(self, moments: Moments, at: int) -> Metric:
-        number, metric = self._metrics.get(moments, (None, None))
-        if metric is None or number != at:
-            sums = moments.all().of(at)
-            gram = sums.gram[0] / max(float(sums.weight[0]), 1e-30)
-            if not gram.is_cuda:  # of torch's devices the others may have no f64
-                gram = gram.cpu()
-            n_tok = max(1, sums.n_tokens)
-            # Within the matrix itself, so that the search for scales trusts few tokens no more.
-            extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / n_tok - 1)
-            gram.diagonal().add_(extra * gram.diagonal().mean())
-            metric = Metric(gram, _DAMPING)
-            self._metrics[moments] = at, metric
+        found = self._metrics.get(moments)
+        if found is not None and found[0] == at:
+            return found[1]
+        del found
+        self._metrics.pop(moments, None)  # before another takes its space as well
+        gram, weight, n_tok = moments.gram(at)
+        gram /= max(weight, 1e-30)
+        if not gram.is_cuda:  # of torch's devices the others may have no f64
+            gram = gram.cpu()
+        # Within the matrix itself, so that the search for scales trusts few tokens no more.
+        extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / max(1, n_tok) - 1)
+        gram.diagonal().add_(extra * gram.diagonal().mean())
+        metric = Metric(gram, _DAMPING)
+        self._metrics[moments] = at, metric
         return metric
 
     def _retarget(
@@ -133,8 +137,11 @@ class FeedbackQuantiser:
         return aim
 
     def _folds(self, moments: Moments, at: int) -> Folds:
-        number, folds = self._solvers.get(moments, (None, None))
-        if folds is None or number != at:
-            folds = Folds(moments, at)
-            self._solvers[moments] = at, folds
+        found = self._solvers.get(moments)
+        if found is not None and found[0] == at:
+            return found[1]
+        del found
+        self._solvers.pop(moments, None)
+        folds = Folds(moments, at)
+        self._solvers[moments] = at, folds
         return folds

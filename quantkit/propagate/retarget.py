@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from quantkit.propagate.moments import Moments, Sums
@@ -24,6 +23,7 @@ Tensor = torch.Tensor
 
 LAMBDAS = (0.02, 0.1, 0.5)  # in units of the mean diagonal
 _N_SAMPLE = 128  # rows that strengths are chosen on
+_AT_ONCE = 1024  # rows that are solved for together
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Folds:
     """Solvers for one of the matrices of some moments: fitted, held back, and both together."""
 
     def __init__(self, moments: Moments, matrix: int) -> None:
-        self.fitted = Solver(moments.fitted().of(matrix))
-        self.held = Solver(moments.held().of(matrix))
-        self.all = Solver(moments.all().of(matrix))
+        self.fitted = Solver(moments.fitted(matrix))
+        self.held = Solver(moments.held(matrix))
+        self.all = Solver(moments.all(matrix))
 
 
 class Retarget:
@@ -104,10 +104,17 @@ def _solved(sums: Sums, ridge: float, rights: list[Tensor]) -> list[Tensor]:
     lower, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         return [torch.zeros_like(right) for right in rights]
-    solved = torch.cholesky_solve(torch.cat(rights).double().T, lower).T.float()
-    ends = np.cumsum([len(right) for right in rights]).tolist()
-    starts = [0, *ends[:-1]]
-    return [solved[a:b].contiguous() for a, b in zip(starts, ends, strict=True)]
+    del gram
+    return [_divided(right, lower) for right in rights]
+
+
+def _divided(right: Tensor, lower: Tensor) -> Tensor:
+    """f32[k, n] times the inverse of L L', some rows at a time: in f64 they take their space."""
+    solved = torch.empty_like(right)
+    for begin in range(0, len(right), _AT_ONCE):
+        rows = right[begin : begin + _AT_ONCE].double().T
+        solved[begin : begin + _AT_ONCE] = torch.cholesky_solve(rows, lower).T
+    return solved
 
 
 def _judged(folds: Folds, ridge: float, sample: Tensor, sampled: Tensor) -> Strengths:

@@ -100,7 +100,9 @@ class Metric:
 
 def _ldl(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Unit upper V f32[n, n] and d f64[n] of H = V diag(d) V'."""
-    lower, info = torch.linalg.cholesky_ex(gram.flip(0, 1).double())
+    turned = gram.flip(0, 1).double()
+    lower, info = torch.linalg.cholesky_ex(turned)
+    del turned
     if int(info):
         raise UsageError(
             "the Gram matrix of a weight's inputs is not positive definite",

@@ -94,6 +94,8 @@ def broken_files(draw) -> bytes:
     content, n_header = draw(sound_files())
     raw = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
+        if not raw:
+            break
         at = draw(st.integers(0, min(n_header, len(raw)) - 1))
         how = draw(st.sampled_from(["byte", "number", "nudge", "splice", "cut"]))
         if how == "byte":

@@ -76,7 +76,7 @@ def test_a_run_killed_while_it_fetches_goes_on_without_fetching_twice(
 ) -> None:
     hub, out = client.hub, client.folder / "out"
     hub.add_repo(MODEL, FIXTURE)
-    hub.rate = 4e6
+    hub.rate = 5e5  # of each connection: ten seconds to spare for the kill
     process = client.start("convert", MODEL, "-r", "q4_x", "-o", out, "--spool", "16MB")
     while hub.n_content_bytes() < 9e6:
         assert process.poll() is None, process.communicate()
@@ -89,7 +89,8 @@ def test_a_run_killed_while_it_fetches_goes_on_without_fetching_twice(
     assert_same_ggufs(out, converted)
     # Four connections, pieces of a megabyte: so much may have been in flight, each time.
     assert hub.n_content_bytes() <= NEEDED + 2 * 4 * 1e6
-    assert sum(n - 1 for n in ranges(hub).values()) <= 2 * 4
+    # The connection that failed may have begun another piece before the run stopped.
+    assert sum(n - 1 for n in ranges(hub).values()) <= 2 * 4 + 1
     assert not (out / ".hub").exists()
 
 
