@@ -38,6 +38,7 @@ class HubFolder:
         self.root = root
         self.files = files
         self._spool = spool
+        self._counted: set[str] = set()  # small files that take their room in the spool
         fs.make_folder(root)
 
     def __str__(self) -> str:
@@ -72,11 +73,15 @@ class HubFolder:
         if path.is_file() and not path.is_symlink() and path.stat().st_size == entry.size:
             kept = path.read_bytes()
             if entry.is_content(kept):
+                if name not in self._counted:  # of an earlier run
+                    self._counted.add(name)
+                    self._spool.reserve(len(kept))
                 return kept
         data = self.files.fetch_whole(name)
         if not entry.is_content(data):
             raise SourceError("has another digest than the Hub lists", where=where)
         if self._spool.reserve(len(data)):
+            self._counted.add(name)
             fs.write_whole(path, data)
         return data
 
@@ -197,6 +202,7 @@ def open_folder(
         _write_pin(work / PIN, repo)
     else:
         _compare(pin, repo, caller, notes)
+    spool.reserve(_MAX_PIN_BYTES)  # it lies there too
     fetcher = Fetcher(repo, caller)
     folder = HubFolder(repo, work / repo.name, HubFiles(repo.entries, fetcher, spool), spool)
     return folder, fetcher

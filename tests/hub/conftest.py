@@ -72,7 +72,7 @@ def convert_here(out: Path, *, model: str = MODEL, n_threads: int = 1, **options
 
 def break_off(hub: LocalHub, out: Path, n_ranges: int = 12, **options: Any) -> None:
     """A conversion that loses its connection for good at the so many-th range of a shard."""
-    hub.faults.set([Fault.RESET], n_ranges, where="GET /blobs")
+    hub.faults.set([Fault.RESET], n_ranges, for_good=True, where="GET /blobs")
     options = {"patience": Patience(tries=1), "spool": 8_000_000} | options
     with pytest.raises(HubError):
         convert_here(out, **options)

@@ -36,13 +36,15 @@ PASSING = (
 class Faults:
     """Which requests go wrong: every `every`-th that matches gets the next of `kinds`, in turn.
 
-    `where` is a pattern on the line `METHOD /path`, `limit` the most faults to give. Calls for
+    With `for_good`, all after the first as well. `where` is a pattern on the line `METHOD /path`,
+    `limit` the most faults to give. Calls for
     `always` fail whatever the count says, `retry_after` is what BUSY asks for in seconds, and
     `patience` how long SLOW waits.
     """
 
     kinds: tuple[Fault, ...] = ()
     every: int = 0
+    for_good: bool = False
     where: str = ""
     limit: int | None = None
     always: Fault | None = None
@@ -57,6 +59,7 @@ class Faults:
         kinds: Iterable[Fault] = (),
         every: int = 1,
         *,
+        for_good: bool = False,
         where: str = "",
         limit: int | None = None,
         always: Fault | None = None,
@@ -65,7 +68,13 @@ class Faults:
         with self._lock:
             self.kinds, self.every, self.where = tuple(kinds), every, where
             self.limit, self.always, self._n_seen = limit, always, 0
+            self.for_good = for_good
             self.given.clear()
+
+    def _is_due(self) -> bool:
+        if self.for_good and self._n_seen >= self.every:
+            return True
+        return self.every > 0 and self._n_seen % self.every == 0
 
     def take(self, line: str) -> Fault | None:
         """What happens to this request."""
@@ -74,7 +83,7 @@ class Faults:
                 return None
             fault = self.always
             self._n_seen += 1
-            if fault is None and self.kinds and self.every and self._n_seen % self.every == 0:
+            if fault is None and self.kinds and self._is_due():
                 fault = self.kinds[len(self.given) % len(self.kinds)]
             if fault is None or (self.limit is not None and len(self.given) >= self.limit):
                 return None
