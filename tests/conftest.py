@@ -10,6 +10,6 @@ import signal
 with contextlib.suppress(ImportError):
     import llama_cpp  # noqa: F401
 
-# In the background of a script SIGINT is ignored, and programs that tests start would ignore it too.
+# In the background of a script SIGINT is ignored, and what tests start would ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
