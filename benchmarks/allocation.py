@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from llama_quantize import quantize
 
+from benchmarks.kl import converted_to, names, reference_of
 from quantkit.allocate.as_recipe import as_yaml
 from quantkit.allocate.budget import Files
 from quantkit.allocate.budget import allocate as allocate_within
 from quantkit.allocate.choices import build_groups
-from quantkit.pipeline import Job, Output, convert
+from quantkit.pipeline import Job, Output
 from quantkit.pipeline.allocation import Goal, Question, allocate
 from quantkit.pipeline.conversion import planned
 from quantkit.pipeline.evaluation import Evaluation, evaluate
@@ -65,7 +66,7 @@ def _files(args: argparse.Namespace, preset: str) -> list[Made]:
     if not theirs.exists():
         name = load_recipe(preset).file_type
         assert name is not None
-        quantize(_reference(args), theirs, name, args.imatrix, n_threads=args.threads)
+        quantize(reference_of(args), theirs, name, args.imatrix, n_threads=args.threads)
     n_bytes = theirs.stat().st_size
     made: list[Made] = [(preset, "llama.cpp", theirs, None)]
     for way in args.by:
@@ -122,17 +123,7 @@ def _converted(args: argparse.Namespace, recipe: Path) -> Path:
         corpus=args.calibration,
         budget=args.calibration_tokens,
     )
-    return _convert(args, job, Output(args.work, args.threads))
-
-
-def _reference(args: argparse.Namespace) -> Path:
-    """The F32 GGUF that llama.cpp quantises."""
-    job = Job(args.model, "f32", name="reference", mmproj=None, corpus=None)
-    return _convert(args, job, Output(args.work, args.threads))
-
-
-def _convert(args: argparse.Namespace, job: Job, output: Output) -> Path:
-    return Path(args.work / convert(job, output, Silent()).plans[-1].shards[0].file)
+    return converted_to(args, job, Output(args.work, args.threads))
 
 
 def _print(text: str, report: dict[str, Any], made: list[Made]) -> None:
@@ -157,17 +148,13 @@ def _print(text: str, report: dict[str, Any], made: list[Made]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--texts", type=_names, required=True, metavar="FILE,...")
-    parser.add_argument("--presets", type=_names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
-    parser.add_argument("--by", type=_names, default="measured", metavar="measured,plain")
+    parser.add_argument("--texts", type=names, required=True, metavar="FILE,...")
+    parser.add_argument("--presets", type=names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
+    parser.add_argument("--by", type=names, default="measured", metavar="measured,plain")
     parser.add_argument("--calibration", default="core", help="what feedback is run on")
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--allocation-tokens", type=int, default=16_384)

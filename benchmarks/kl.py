@@ -97,7 +97,7 @@ def _files(args: argparse.Namespace, preset: str) -> list[tuple[str, Path]]:
         if file_type is None:
             raise UsageError("llama.cpp needs a file_type to start from", where=preset)
         quantize(
-            _reference(args),
+            reference_of(args),
             theirs,
             file_type,
             args.imatrix,
@@ -114,10 +114,10 @@ def _types(path: Path) -> dict[str, GgmlType]:
     return {tensor.name: tensor.type for _, tensor in open_shards(path).tensors()}
 
 
-def _reference(args: argparse.Namespace) -> Path:
+def reference_of(args: argparse.Namespace) -> Path:
     """The F32 GGUF that llama.cpp quantises."""
     job = Job(args.model, "f32", name="reference", mmproj=None, corpus=None)
-    return _convert(args, job, Output(args.work, args.threads))
+    return converted_to(args, job, Output(args.work, args.threads))
 
 
 def _converted(args: argparse.Namespace, preset: str, name: str) -> Path:
@@ -133,31 +133,33 @@ def _converted(args: argparse.Namespace, preset: str, name: str) -> Path:
         corpus=args.calibration,
         budget=args.calibration_tokens,
     )
-    return _convert(args, job, Output(args.work, args.threads, force=True))
+    return converted_to(args, job, Output(args.work, args.threads, force=True))
 
 
-def _convert(args: argparse.Namespace, job: Job, output: Output) -> Path:
+def converted_to(args: argparse.Namespace, job: Job, output: Output) -> Path:
+    """The one file of a conversion into the working folder."""
     return Path(args.work / convert(job, output, Silent()).plans[-1].shards[0].file)
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """The parts of a list with commas."""
     return text.split(",")
 
 
 def _variants(text: str) -> list[str]:
-    if unknown := set(_names(text)) - VARIANTS.keys():
+    if unknown := set(names(text)) - VARIANTS.keys():
         raise argparse.ArgumentTypeError(
             f"no variant is called {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
         )
-    return _names(text)
+    return names(text)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--texts", type=_names, required=True, metavar="FILE,...")
-    parser.add_argument("--presets", type=_names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
+    parser.add_argument("--texts", type=names, required=True, metavar="FILE,...")
+    parser.add_argument("--presets", type=names, default="q2_k,iq2_xxs,iq1_m", metavar="NAME,...")
     parser.add_argument("--variants", type=_variants, default="nearest", metavar="NAME,...")
     parser.add_argument("--calibration", default="core", help="what feedback is run on")
     parser.add_argument("--calibration-tokens", type=int)

@@ -16,6 +16,7 @@ from quantkit.allocate.choices import Group
 from quantkit.allocate.solve import Allocation, solve
 from quantkit.container.layout import TensorEntry, lay_out
 from quantkit.errors import UsageError
+from quantkit.run.sizes import parse_size
 from quantkit.types import GgmlType, Kv, TensorSpec
 
 # Left alone in each memory: llama.cpp's --fit spares 1 GiB per device, its compute buffers for
@@ -23,8 +24,6 @@ from quantkit.types import GgmlType, Kv, TensorSpec
 RESERVE_BYTES = 2 << 30
 
 _KV_CELLS = 256  # llama.cpp rounds a context up to a multiple of it
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(I?)B?\s*", re.ASCII)
 _BPW = re.compile(r"\s*(\d{1,3}(?:\.\d{1,18})?)\s*", re.ASCII)
 
 
@@ -70,17 +69,6 @@ class Fit:
     def n_bytes(self) -> int:
         """What is left for the files."""
         return sum(self.memories) - self.reserve * len(self.memories) - self.kv_cache
-
-
-def parse_size(text: str) -> int:
-    """Bytes: `240GB`, `223.5GiB`, or a plain number. Fractions of a byte are cut off."""
-    found = _SIZE.fullmatch(text.upper())
-    if not found or (found[3] and not found[2]):
-        raise UsageError(
-            f"{text!r} is not a size", hint="such as 240GB, 223.5GiB or a number of bytes"
-        )
-    base = 1024 if found[3] else 1000
-    return int(Fraction(Decimal(found[1])) * base ** _UNITS[found[2]])
 
 
 def parse_bpw(text: str, files: Files) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
+from quantkit.errors import UsageError
 from quantkit.hub.ref import parse_ref
+from quantkit.run import sizes
 from quantkit.run.names import is_plain_name
 from quantkit.types import GgmlType
 
@@ -26,17 +27,14 @@ Rounding = Literal["nearest", "feedback"]
 MODEL = parse_ref  # an argument's type: a local path, or a place on the Hub
 _MAX_STEM = 150  # bytes; a file's name has at most 255
 
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
 
 def parse_size(text: str) -> int:
     """A size in bytes: 49GB, 1.5GiB, or a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    unit = found and ({**_UNITS, **_BINARY}.get(found[2]))
-    if not found or not unit:
-        raise click.BadParameter(f"{text!r} is not a size such as 49GB, 1.5GiB or 1000000")
-    return int(float(found[1]) * unit)
+    try:
+        return sizes.parse_size(text)
+    except UsageError:
+        wanted = "a size such as 49GB, 1.5GiB or 1000000"
+        raise click.BadParameter(f"{text!r} is not {wanted}") from None
 
 
 def _plain_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from quantkit.evaluate.llamacpp_child import NOT_USABLE, REFUSED
 from quantkit.evaluate.logits_file import BaseFile, LogitsWriter
 from quantkit.evaluate.scores import Scores, TileScorer
 from quantkit.evaluate.summary import scored_positions, targets_of, with_bos
+from quantkit.run.closing import Closing
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -37,7 +37,7 @@ _QUOTED = 6  # lines of it that an error ends with
 _TILE = 8192  # columns that the scorer is given at once
 
 
-class LlamaCpp:
+class LlamaCpp(Closing):
     """A GGUF file, or the first of its shards, open in a process of its own. A context manager.
 
     `n_ctx` is the length of a chunk, `n_vocab` the width of the logits, `bos` the token that
@@ -78,17 +78,6 @@ class LlamaCpp:
             raise
         self.n_vocab: int = facts["n_vocab"]
         self.bos: int | None = facts["bos"]
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def logits(self, ids: I32, first: int = 0) -> F32:
         """Logits of positions `first`... of a chunk, f32 [len(ids) - first, n_vocab].

@@ -273,6 +273,12 @@ def steps(dots: Sequence[Dot]) -> str:
     return first + "".join(f"H{x:.1f}V{y:.1f}" for _, (x, y) in pairwise(dots))
 
 
+def standalone(picture: str, css: str, ground: str = "") -> str:
+    """A picture that carries its own style sheet, with something behind everything else."""
+    begin = picture.index(">") + 1
+    return f"{picture[:begin]}<style>{css}</style>{ground}{picture[begin:]}"
+
+
 def png(pixels: npt.NDArray[np.uint8], palette: Sequence[tuple[int, int, int]]) -> bytes:
     """An indexed 8-bit image u8[height, width] (PNG specification, third edition)."""
     height, width = pixels.shape

@@ -147,7 +147,5 @@ class HubSession:
 def _discard(work: Path) -> None:
     """Remove a repository's small files and its pin; all of them are ours."""
     for folder in [path for path in work.glob("*") if path.is_dir()] + [work]:
-        for path in folder.glob("*"):
-            if path.is_file() or path.is_symlink():
-                fs.remove(path)
+        fs.empty_folder(folder)
         fs.remove_folder(folder)

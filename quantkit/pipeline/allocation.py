@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.allocate.as_recipe import allocated_yaml
-from quantkit.allocate.budget import Files, parse_bpw, parse_fit, parse_size
+from quantkit.allocate.budget import Files, parse_bpw, parse_fit
 from quantkit.allocate.budget import allocate as allocate_within
 from quantkit.allocate.choices import CANDIDATES, Floor, Group, Legal, build_groups, usable
 from quantkit.allocate.frontier import frontier
@@ -30,6 +30,7 @@ from quantkit.quantize.codec import How, codec_of, encodable
 from quantkit.recipe import Recipe, load_recipe, shipped_names
 from quantkit.run import fs
 from quantkit.run.events import Reporter, Silent, size
+from quantkit.run.sizes import parse_size
 from quantkit.types import GgmlType, Plan, TensorSpec
 
 if TYPE_CHECKING:

@@ -7,21 +7,18 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.evaluate.charts import Point, scatter
 from quantkit.evaluate.style import CSS
-from quantkit.evaluate.svg import clean
+from quantkit.evaluate.svg import clean, standalone
 from quantkit.pipeline.allocation import Answer
 from quantkit.pipeline.guide import LADDER
 from quantkit.run import fs
-from quantkit.run.events import size
-
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+from quantkit.run.events import size, unit_of
 
 
 def draw(answer: Answer, model: str, path: Path) -> None:
     """Write the picture: a page, or the picture alone by the name's ending."""
     picture = _picture(answer)
     if path.suffix == ".svg":
-        begin = picture.index(">") + 1
-        text = f"{picture[:begin]}<style>{CSS}</style>{picture[begin:]}"
+        text = standalone(picture, CSS)
     elif path.suffix == ".html":
         text = _page(picture, clean(model))
     else:
@@ -32,7 +29,7 @@ def draw(answer: Answer, model: str, path: Path) -> None:
 
 def _picture(answer: Answer) -> str:
     least = min([answer.n_bytes, *(mark.n_bytes for mark in answer.marks)])
-    unit, scale = next((u for u in _UNITS if least >= u[1]), _UNITS[-1])
+    unit, scale = unit_of(least)
 
     def point(n_bytes: int, kld: float, name: str, colour: int) -> Point:
         hover = f"{name}\n{size(n_bytes)}, predicted KLD {kld:.4g}" if name else ""

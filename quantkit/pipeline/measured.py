@@ -13,16 +13,16 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.charts import Point, scatter
 from quantkit.evaluate.report import Report, parse_report
 from quantkit.evaluate.style import CSS
+from quantkit.evaluate.svg import standalone
 from quantkit.pipeline.publishable import MAX_READ, Known, content
 from quantkit.publish.card import Figures, Measurement
 from quantkit.publish.layout import EVALUATION, Item
 from quantkit.publish.remote import Remote
-from quantkit.run.events import Reporter, size
+from quantkit.run.events import Reporter, size, unit_of
 
 LAST = "measurements and card"  # the commit that comes last
 
 _MAX_REPORT_BYTES = 16 << 20
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 # A README is looked at as a picture, whatever the theme of the page around it.
 _LIGHT = CSS.replace("@media screen and (prefers-color-scheme: dark)", "@media not all")
 
@@ -121,7 +121,7 @@ def chart(models: Sequence[Known], measured: Sequence[Measurement]) -> str:
     ]
     if len(known) < 2:
         return ""
-    unit, scale = next(u for u in _UNITS if known[0][0].n_bytes >= u[1])
+    unit, scale = unit_of(known[0][0].n_bytes)
     points = [
         Point(one.n_bytes / scale, kld, one.label, f"{one.label}\n{size(one.n_bytes)}", k)
         for k, (one, kld) in enumerate(known)
@@ -131,6 +131,4 @@ def chart(models: Sequence[Known], measured: Sequence[Measurement]) -> str:
         if not frontier or point.y < frontier[-1].y:
             frontier.append(point)
     picture = scatter(points, frontier, f"size of the files, {unit}", "mean KLD, nats per token")
-    begin = picture.index(">") + 1
-    ground = '<rect width="100%" height="100%" fill="#fff"/>'
-    return f"{picture[:begin]}<style>{_LIGHT}</style>{ground}{picture[begin:]}\n"
+    return standalone(picture, _LIGHT, '<rect width="100%" height="100%" fill="#fff"/>') + "\n"

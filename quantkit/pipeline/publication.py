@@ -13,7 +13,7 @@ from typing import Literal
 from quantkit.container.names import escaped
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.pipeline.model_card import card_items
-from quantkit.pipeline.publishable import Found, items_of, look
+from quantkit.pipeline.publishable import items_of, look
 from quantkit.publish.digests import sha256_of
 from quantkit.publish.layout import Item, State, Step, check_items, label_of, path_in_repo
 from quantkit.publish.layout import refuse_differing as refuse
@@ -83,7 +83,9 @@ def publish(
     check_items(items)
     if not (job.force or dry_run):
         refuse(remote.steps(items), job.repo)
-    card = [] if job.card == "without" else _card(job, remote, found, items, reporter)
+    card = []
+    if job.card != "without":
+        card = card_items(remote, found, items, job.base, force=job.force, reporter=reporter)
     steps = tuple(remote.steps([*items, *card]))
     created, private = not remote.exists, not job.public
     if remote.private is not None:
@@ -97,12 +99,6 @@ def publish(
         remote.check([*items, *card])
         reporter.stage("check", f"{files(len(steps))}: the Hub has them as they are here")
     return Done(job.repo, steps, private, created, remote.head)
-
-
-def _card(
-    job: Publication, remote: Remote, found: Found, items: Sequence[Item], reporter: Reporter
-) -> list[Item]:
-    return card_items(remote, found, items, job.base, force=job.force, reporter=reporter)
 
 
 def _send(job: Publication, remote: Remote, steps: Sequence[Step], reporter: Reporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,6 +27,7 @@ _ENOUGH = 20
 # Nothing to round here, but such weights can follow their inputs as well.
 EXACT = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
+T = TypeVar("T")
 Sink = Callable[[str, int, Blocks], None]
 
 
@@ -37,6 +39,34 @@ class Rounding:
     feedback: Feedback
     retargets: bool = True
     n_threads: int = 1
+
+
+class _Latest(Generic[T]):
+    """What was made of one of some moments' matrices, for as long as no other's is wanted."""
+
+    def __init__(self, make: Callable[[Moments, int], T]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[Moments, tuple[int, T]] = WeakKeyDictionary()
+
+    def of(self, moments: Moments, at: int) -> T:
+        """Made of matrix `at` now, if it was not the last."""
+        if moments in self._made and self._made[moments][0] == at:
+            return self._made[moments][1]
+        self._made.pop(moments, None)  # before another takes its space as well
+        made = self._make(moments, at)
+        self._made[moments] = at, made
+        return made
+
+
+def _metric(moments: Moments, at: int) -> Metric:
+    gram, weight, n_tok = moments.gram(at)
+    gram /= max(weight, 1e-30)
+    if not gram.is_cuda:  # of torch's devices the others may have no f64
+        gram = gram.cpu()
+    # Within the matrix itself, so that the search for scales trusts few tokens no more.
+    extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / max(1, n_tok) - 1)
+    gram.diagonal().add_(extra * gram.diagonal().mean())
+    return Metric(gram, _DAMPING)
 
 
 class FeedbackQuantiser:
@@ -58,8 +88,7 @@ class FeedbackQuantiser:
         self._teacher, self._student, self._types = teacher, student, types
         self._codec_of, self._rounding, self._sink = codec_of, rounding, sink
         # Of every moments in use, for experts alternate between what they share and their own.
-        self._metrics: WeakKeyDictionary[Moments, tuple[int, Metric]] = WeakKeyDictionary()
-        self._solvers: WeakKeyDictionary[Moments, tuple[int, Folds]] = WeakKeyDictionary()
+        self._metrics, self._folds = _Latest(_metric), _Latest(Folds)
         self.strengths: dict[tuple[str, int, int], Strengths] = {}
 
     def wants(self, name: str) -> bool:
@@ -93,7 +122,7 @@ class FeedbackQuantiser:
         x = np.ascontiguousarray(w.numpy())
         if codec.type in EXACT:
             return codec.encode(x, None, r.how)
-        metric = self._metric(moments, at)
+        metric = self._metrics.of(moments, at)
         return encode_with_feedback(codec, x, metric, r.how, r.feedback, r.n_threads)
 
     def forget(self, name: str, matrix: int) -> None:
@@ -103,23 +132,6 @@ class FeedbackQuantiser:
     def _rows(self, name: str, matrix: int, begin: int, end: int) -> torch.Tensor:
         first = matrix * self._teacher.shape(name)[-2]
         return torch.from_numpy(self._teacher.read(name, first + begin, first + end))
-
-    def _metric(self, moments: Moments, at: int) -> Metric:
-        found = self._metrics.get(moments)
-        if found is not None and found[0] == at:
-            return found[1]
-        del found
-        self._metrics.pop(moments, None)  # before another takes its space as well
-        gram, weight, n_tok = moments.gram(at)
-        gram /= max(weight, 1e-30)
-        if not gram.is_cuda:  # of torch's devices the others may have no f64
-            gram = gram.cpu()
-        # Within the matrix itself, so that the search for scales trusts few tokens no more.
-        extra = _DAMPING * max(0.0, _ENOUGH * len(gram) / max(1, n_tok) - 1)
-        gram.diagonal().add_(extra * gram.diagonal().mean())
-        metric = Metric(gram, _DAMPING)
-        self._metrics[moments] = at, metric
-        return metric
 
     def _retarget(
         self, name: str, matrix: int, moments: Moments, at: int, columns: slice
@@ -132,16 +144,6 @@ class FeedbackQuantiser:
             rows = self._rows(name, matrix, 0, n_rows)[sampled]
         else:
             rows = torch.cat([self._rows(name, matrix, k, k + 1) for k in sampled.tolist()])
-        aim = Retarget(self._folds(moments, at), rows[:, columns].to(moments.device), sampled)
+        aim = Retarget(self._folds.of(moments, at), rows[:, columns].to(moments.device), sampled)
         self.strengths[name, matrix, columns.start] = aim.strengths
         return aim
-
-    def _folds(self, moments: Moments, at: int) -> Folds:
-        found = self._solvers.get(moments)
-        if found is not None and found[0] == at:
-            return found[1]
-        del found
-        self._solvers.pop(moments, None)
-        folds = Folds(moments, at)
-        self._solvers[moments] = at, folds
-        return folds

@@ -15,6 +15,12 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
+def unit_of(n_bytes: float) -> tuple[str, float]:
+    """The unit, and its bytes, of an axis whose smallest size is `n_bytes`."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((unit for unit in units if n_bytes >= unit[1]), ("bytes", 1.0))
+
+
 def weights(count: int) -> str:
     """Numbers of weights for people: 1.026 T, 21.4 M, 512."""
     for unit, scale, digits in (("T", 1e12, 3), ("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 0)):

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.hub.folder import HubFolder
+from quantkit.run.closing import Closing
 from quantkit.source.files import Bytes, ShardFiles, Shards
 from quantkit.source.folder import Folder, Place, read_json
 from quantkit.source.header import parse_header, read_header
@@ -26,7 +26,7 @@ CONFIG_NAME = "config.json"
 MAX_JSON_BYTES = 4 * 2**20
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint; reading it is safe from any thread. Made by `open_checkpoint`.
 
     `origin` names it in records: OWNER/NAME@COMMIT, or a local folder's name.
@@ -102,17 +102,6 @@ class Checkpoint:
     def close(self) -> None:
         """Close the shards. What has been read stays valid."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_checkpoint(path: Path | HubFolder) -> Checkpoint:

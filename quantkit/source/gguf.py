@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from quantkit.container.content import first_nonfinite
 from quantkit.container.names import escaped, parse_shard_file_name, shard_file_name, shown
@@ -15,6 +13,7 @@ from quantkit.container.reader import GgufFile
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import GgufError, NonFiniteError, SourceError
 from quantkit.hub.folder import HubFile
+from quantkit.run.closing import Closing
 from quantkit.source.files import Bytes, ShardFiles, Shards
 from quantkit.source.folder import Folder, check_name
 from quantkit.source.remote import HubShards
@@ -24,7 +23,7 @@ MODEL, MMPROJ = "model", "mmproj"
 _KINDS = {"imatrix": "an imatrix", "adapter": "an adapter"}
 
 
-class GgufSource:
+class GgufSource(Closing):
     """An open GGUF model; reading it is safe from any thread. Made by `open_gguf`.
 
     `root` is the file that was named, `weights` has every tensor in order, `kind` is `model` or
@@ -89,17 +88,6 @@ class GgufSource:
     def close(self) -> None:
         """Close the files. What has been read stays valid."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_gguf(path: Path | HubFile) -> GgufSource:

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from quantkit.arch.base import SideFiles
 from quantkit.arch.tokenizer.hf_json import token_text
 from quantkit.arch.tokenizer.special import chat_template_kvs
 from quantkit.errors import SourceError
+from quantkit.run.closing import Closing
 from quantkit.text.extras import require
 
 MAX_CHARS = 16 << 20
@@ -78,7 +78,7 @@ def render(
         )
 
 
-class Renderer:
+class Renderer(Closing):
     """Renders many chats by one template; a context manager, its child ends with it.
 
     As `transformers` does: blocks are trimmed, `break` and `continue` are known, `tojson` does not
@@ -167,14 +167,3 @@ class Renderer:
         """End the child."""
         self._child.kill()
         self._child.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

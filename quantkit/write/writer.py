@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from quantkit.errors import OutputError
 from quantkit.run import fs
+from quantkit.run.closing import Closing
 from quantkit.run.journal import Journal
 from quantkit.types import Plan, PlannedTensor
 from quantkit.write.manifest import dump_manifest, load_manifest, manifest_path
@@ -22,7 +22,7 @@ from quantkit.write.record import Provenance, manifest_of
 _SYNC_BYTES = 4 << 30
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """The open output of one plan: partial files, and the journal of what is in them.
 
     A context manager. Leaving it without `commit()` keeps partial files and journal, so that
@@ -50,17 +50,6 @@ class ShardWriter:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def work(self) -> Path:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from quantkit.allocate.as_recipe import allocated_yaml
-from quantkit.allocate.budget import Files, allocate, parse_bpw, parse_fit, parse_size
+from quantkit.allocate.budget import Files, allocate, parse_bpw, parse_fit
 from quantkit.allocate.choices import build_groups
 from quantkit.container.kv import string, strings
 from quantkit.errors import UsageError
 from quantkit.pipeline import Job, planned
 from quantkit.plan.build import Limits
 from quantkit.run.events import Silent
+from quantkit.run.sizes import parse_size
 from quantkit.types import GgmlType
 from tests.allocate.models import kimi, made_up_costs, tensor
 

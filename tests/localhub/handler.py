@@ -242,8 +242,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write(self, data: bytes) -> None:
         if self.command != "HEAD":
-            self.wfile.write(data)
+            # First: a client may have the last byte, and ask, before this thread runs again.
             self.logged.n_sent += len(data)
+            self.wfile.write(data)
 
 
 class CdnHandler(Handler):

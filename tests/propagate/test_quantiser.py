@@ -169,7 +169,7 @@ def test_what_experts_share_is_factored_once(monkeypatch):
         setup.take(expert, shared)
         setup.take(expert, moments_of(inputs(500, seed=expert)))
     assert len(made) == 1 + N_EXPERTS
-    assert len(setup.quantiser._metrics) == 1, "what is not in use any more is dropped"
+    assert len(setup.quantiser._metrics._made) == 1, "what is not in use any more is dropped"
 
 
 def test_each_head_is_rounded_by_inputs_of_its_own():
