@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.files import Bytes
 from quantkit.source.packed import repack
 from quantkit.source.slabs import read_slab
-from quantkit.types import Plan, PlannedTensor, TensorRef
+from quantkit.types import Plan, PlannedTensor, TensorRef, Weight
 from quantkit.write.writer import ShardWriter
 
 Key = tuple[int, int]
@@ -89,6 +90,12 @@ class Bench:
         tiles = ((self.plan.tensors[t], self.plan.tensors[t].tile(k)) for t, k in keys)
         return sum((last - first) * t.spec.grid[1] for t, (_, first, last) in tiles)
 
+    def weights(self, keys: list[Key]) -> Iterator[Weight]:
+        """What these tiles are made of, in their order."""
+        slabs = ((self.plan.tensors[t], self.plan.tensors[t].tile(k)[0]) for t, k in keys)
+        for weight, _ in groupby(t.spec.slabs[n].weight for t, n in slabs):
+            yield weight
+
     def recorded(self, keys: list[Key]) -> Recorder:
         """What reading these tiles reads."""
         recorder = Recorder(self.checkpoint)
@@ -105,10 +112,15 @@ class Bench:
 
     def pipeline(self, writer: ShardWriter, keys: list[Key]) -> None:
         encoding = Encoding(self.how)
-        work = partial(encode_tile, self.checkpoint, self.plan.tensors, encoding=encoding)
-        with closing(run_threaded(work, keys, self.n_threads)) as tiles:
-            for tile in tiles:
-                writer.write(tile.tensor, tile.tile, tile.data, tile.digest)
+        self.checkpoint.will_read(self.weights(keys))
+
+        def make(key: Key) -> None:
+            tile = encode_tile(self.checkpoint, self.plan.tensors, key, encoding)
+            writer.write(*key, tile.data, tile.digest)
+
+        with closing(run_threaded(make, keys, self.n_threads)) as made:
+            for _ in made:
+                pass
         if not self.warm:
             writer.sync()
 

@@ -11,6 +11,8 @@
 | 6 | a GGUF file or shard set is damaged or inconsistent |
 | 7 | weights or scales hold NaN or infinity |
 | 8 | the Hub cannot be reached, or refuses |
+| 9 | the cluster cannot be reached, or loses its workers; the run can be continued |
+| 10 | the GPU fails or has too little memory; the run can be continued |
 | 129 / 130 / 143 | interrupted (SIGHUP / SIGINT / SIGTERM); the run can be continued |
 | 141 | nobody reads the output any more; the run can be continued |
 """
@@ -81,3 +83,15 @@ class HubError(QuantkitError):
     """The Hugging Face Hub cannot be reached, refuses, or lacks what is asked for."""
 
     exit_code = 8
+
+
+class ClusterError(QuantkitError):
+    """The cluster cannot be reached, has no room, or its workers are lost again and again."""
+
+    exit_code = 9
+
+
+class DeviceError(QuantkitError):
+    """A GPU that torch found fails, has too little memory, or does not fit torch or the driver."""
+
+    exit_code = 10

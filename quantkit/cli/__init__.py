@@ -66,6 +66,7 @@ def cli() -> None:
 
     Exit codes: 0 done, 2 wrong use, 3 damaged source, 4 unsupported model, 5 cannot write,
     6 damaged GGUF, 7 NaN or infinity in the weights, 8 the Hub is out of reach or refuses,
+    9 the cluster is out of reach or loses its workers, 10 the GPU fails or lacks memory,
     129/130/143 interrupted by SIGHUP/SIGINT/SIGTERM, 141 nobody reads the output any more.
     """
 
@@ -111,6 +112,8 @@ def main() -> None:
     except QuantkitError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         code = error.exit_code
+    except RuntimeError as error:
+        code = _say_device(error)
     except _Interrupted as interrupted:
         code = _say_interrupted(interrupted.exit_code)
     except OSError as error:
@@ -146,6 +149,17 @@ def _say_no_output(error: OSError) -> int:
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _say_device(error: RuntimeError) -> int:
+    """A GPU's failure, if torch is there and it is one. Else it is a bug."""
+    if "torch" in sys.modules:
+        from quantkit.quantize.torch.devices import device_error
+
+        if known := device_error(error):
+            click.echo(f"error: {printable(str(known))}", err=True)
+            return known.exit_code
+    raise error
 
 
 def printable(text: str) -> str:

@@ -11,12 +11,14 @@ import click
 
 from quantkit.cli.options import (
     Rounding,
+    cluster_options,
     default_threads,
     hub_options,
     importance_options,
     job_options,
     memory_option,
     mmproj_type,
+    on_cluster,
     on_hub,
 )
 
@@ -34,6 +36,13 @@ from quantkit.cli.options import (
 @memory_option
 @click.option(
     "--device", default="cpu", show_default=True, help="Where to encode: cpu, cuda, cuda:1, ..."
+)
+@cluster_options
+@click.option(
+    "--staging",
+    metavar="URL",
+    help="A store, such as s3://BUCKET/PREFIX, for workers on machines that do not share the "
+    "output folder.",
 )
 @click.option("--restart", is_flag=True, help="Discard an unfinished run in the folder.")
 @click.option("--force", is_flag=True, help="Replace finished files of the same names.")
@@ -60,6 +69,8 @@ def convert_command(
     threads: int | None,
     memory: int | None,
     device: str,
+    cluster: dict[str, Any],
+    staging: str | None,
     restart: bool,
     force: bool,
     repo: str | None,
@@ -85,8 +96,14 @@ def convert_command(
     view = reporter(quiet=quiet, as_json=as_json)
     limits = Limits(max_shard_size, max_shard_tensors)
     n_threads = threads or default_threads()
-    with on_hub(hub, view, output, restart=restart) as session, _writers(repo, view) as writers:
-        out = Output(output, n_threads, restart, force, device, writers, memory)
+    if staging is not None and cluster["executor"] == "threads":
+        raise click.UsageError("--staging goes with --executor ray.")
+    with (
+        on_cluster(cluster, threads, device, view) as workers,
+        on_hub(hub, view, output, restart=restart) as session,
+        _writers(repo, view) as writers,
+    ):
+        out = Output(output, n_threads, restart, force, device, writers, memory, workers, staging)
         vision = mmproj_type(mmproj)
         job = Job(session.at(model), recipe, limits, name, vision, rounding=rounding, **importance)
         done = convert(job, out, view)

@@ -19,6 +19,7 @@ from quantkit.types import GgmlType
 
 if TYPE_CHECKING:
     from quantkit.hub.session import HubSession
+    from quantkit.run.cluster import Connected
     from quantkit.run.events import Reporter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,6 +167,53 @@ def memory_option(command: F) -> F:
         help="Bound of what is in work, beside the program (512 MiB): tiles, and for rounding with "
         "feedback its statistics and hidden states. Default: what all threads take.",
     )(command)
+
+
+def cluster_options(command: F) -> F:
+    """Where the work is done, collected in `cluster`; see `on_cluster`."""
+    options = (
+        click.option(
+            "--executor",
+            metavar="threads|ray|ray://HOST:PORT",
+            default="threads",
+            show_default=True,
+            callback=_executor,
+            help="Threads of this process, or workers through Ray: on the cluster at this address "
+            "or in RAY_ADDRESS, else on this machine. --threads are then those of each worker.",
+        ),
+        click.option(
+            "--workers",
+            "n_workers",
+            type=click.IntRange(min=1),
+            help="How many; default: one on each machine, or for each GPU.",
+        ),
+    )
+    return _collected("cluster", ("executor", "n_workers"), options)(command)
+
+
+def _executor(context: click.Context, option: click.Parameter, text: str) -> str:
+    if text not in ("threads", "ray") and not text.startswith("ray://"):
+        raise click.BadParameter(f"threads, ray or ray://HOST:PORT, not {text!r}")
+    return text
+
+
+@contextmanager
+def on_cluster(
+    cluster: dict[str, Any], threads: int | None, device: str, view: Reporter
+) -> Iterator[Connected | None]:
+    """The cluster that was asked for, connected inside the block; None for threads."""
+    if cluster["executor"] == "threads":
+        if cluster["n_workers"] is not None:
+            raise click.UsageError("--workers goes with --executor ray.")
+        yield None
+        return
+    from quantkit.run.cluster import Cluster, connected
+
+    address = None if cluster["executor"] == "ray" else cluster["executor"]
+    wanted = Cluster(address, cluster["n_workers"], threads, gpus=device.startswith("cuda"))
+    with connected(wanted) as found:
+        view.stage("cluster", str(found))
+        yield found
 
 
 def mmproj_type(name: str) -> GgmlType | None:

@@ -54,6 +54,15 @@ class HubFolder:
         """The commit."""
         return self.repo.commit
 
+    @property
+    def spool_limit(self) -> int:
+        """Most bytes that are kept of it on disk."""
+        return self._spool.limit
+
+    def still_to_spool(self, n_bytes: int) -> int:
+        """Most bytes that the spool will grow by while so many are read."""
+        return max(0, min(self._spool.limit, n_bytes) - self._spool.n_bytes)
+
     def names(self) -> list[str]:
         """Names of the files at the root, sorted; those that are no plain names are left out."""
         return sorted(name for name in self.repo.entries if is_plain_name(name))

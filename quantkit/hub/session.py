@@ -23,6 +23,22 @@ FOLDER = ".hub"
 Place = Path | HubFolder | HubFile
 
 
+def ref_of(place: Place) -> Path | HubRef:
+    """How another process opens the same content: a whole path, or a place pinned to its commit."""
+    if isinstance(place, Path):
+        return place.resolve()
+    folder = place if isinstance(place, HubFolder) else place.folder
+    path = None if isinstance(place, HubFolder) else place.path
+    return HubRef(folder.repo.ref.repo, folder.repo.commit, path)
+
+
+def spool_of(place: Place) -> int:
+    """Most bytes on disk of what is fetched of a place; 0 for what is here."""
+    if isinstance(place, Path):
+        return 0
+    return (place if isinstance(place, HubFolder) else place.folder).spool_limit
+
+
 class HubSession:
     """A context manager; nothing happens before something on the Hub is asked for.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,22 +13,26 @@ from quantkit.arch.general import describe_name, general_kvs
 from quantkit.arch.registry import describe_mmproj, describe_text
 from quantkit.arch.vision import has_tower
 from quantkit.errors import UsageError
-from quantkit.hub.session import Place
+from quantkit.hub.room import require_room
+from quantkit.hub.session import Place, ref_of, spool_of
 from quantkit.pipeline import gguf_source
+from quantkit.pipeline.encoding import codecs, in_order
 from quantkit.pipeline.importance import Importance, load_importance
+from quantkit.pipeline.on_cluster import Errand, made_on_cluster
 from quantkit.plan.build import Limits, TypeChooser, build_plan, file_type
 from quantkit.plan.memory import Memory, fit, hidden_states
 from quantkit.plan.rounding import rounded_by_inputs
-from quantkit.quantize.codec import Codec, How, codec_of, encodable
+from quantkit.quantize.codec import How, encodable
 from quantkit.quantize.tiles import Encoding, Source, encode_tile
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.run import fs
+from quantkit.run.cluster import Connected
 from quantkit.run.events import Reporter, files, size
 from quantkit.run.executor import run_threaded
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.gguf import MODEL, GgufSource
 from quantkit.text.extras import require
-from quantkit.types import GgmlType, Kv, Plan, Weight
+from quantkit.types import GgmlType, Kv, Plan
 from quantkit.write.record import Provenance
 from quantkit.write.writer import ShardWriter, is_written
 
@@ -146,6 +149,9 @@ class Output:
     `device` is where weights are encoded: cpu (numba), or one of torch's, such as cuda. `memory` is
     a bound in bytes for what is in work, beside the process itself and the metadata; see `fit`.
     `open_writer` may be something that sends finished shards elsewhere as well.
+
+    With a `cluster`, which is connected, tiles are made by its workers; `staging` is a store for
+    machines that do not share the folder.
     """
 
     folder: Path
@@ -155,6 +161,8 @@ class Output:
     device: str = "cpu"
     open_writer: OpenWriter = ShardWriter
     memory: int | None = None
+    cluster: Connected | None = None
+    staging: str | None = None
 
 
 def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
@@ -162,6 +170,7 @@ def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
     with planned(job, reporter) as (source, first):
         decided, text = first, None
         first.memory(output.n_threads, output.memory)  # or refuse before any work
+        _require_room(job, source, first, output)
         for warning in first.warnings:
             reporter.warn(warning)
         if isinstance(source, GgufSource):
@@ -179,8 +188,19 @@ def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
             if is_written(output.folder, plan, force=output.force):
                 reporter.stage("write", f"{plan.stem} is already there, nothing to do")
             else:
-                _write(plan, source, decided, output, reporter, text)
+                _write(plan, source, job, decided, output, reporter, text)
     return decided
+
+
+def _require_room(job: Job, source: Source, decided: Planned, output: Output) -> None:
+    """Refuse what is on the Hub where the disk does not hold output and spool, before any work."""
+    paths = [output.folder / shard.file for plan in decided.plans for shard in plan.shards]
+    present = sum(fs.allocated(fs.partial_of(path)) for path in paths)
+    if not output.force:
+        present += sum(map(fs.allocated, paths))
+    n_output = max(0, sum(plan.n_bytes for plan in decided.plans) - present)
+    n_source = sum(ref.n_bytes for ref in source.tensors.values())
+    require_room(job.model, output.folder, n_output, n_source)
 
 
 def _as_allowed(job: Job, source: GgufSource, decided: Planned, output: Output) -> Job:
@@ -323,64 +343,90 @@ def _mmproj_recipe(type_: GgmlType) -> Recipe:
     return Recipe.model_validate({"name": type_.name, "default": type_, "rules": rules})
 
 
-def _codecs(plan: Plan, device: str) -> Callable[[GgmlType], Codec]:
-    """numba's codecs, or torch's on another device, which is tried before anything is written."""
-    if device == "cpu":
-        return codec_of
-    from quantkit.quantize.torch import torch_codec  # noqa: PLC0415 - brings torch
-
-    codecs = {type_: torch_codec(type_, device) for type_ in {t.type for t in plan.tensors}}
-    return lambda type_: codecs.get(type_) or codec_of(type_)
-
-
-def _in_order(plan: Plan, writer: ShardWriter) -> Iterator[Weight]:
-    """Weights in the order in which the tiles that are missing will read them."""
-    last: Weight | None = None
-    for number, tile in writer.missing():
-        tensor = plan.tensors[number]
-        if tensor.spec.slabs and (weight := tensor.spec.slabs[tensor.tile(tile)[0]].weight) != last:
-            last = weight
-            yield weight
-
-
 def _write(
     plan: Plan,
     source: Source,
+    job: Job,
     decided: Planned,
     output: Output,
     reporter: Reporter,
     text: Text | None,
 ) -> None:
-    recipe, importance = decided.recipe, decided.importance
-    lookup = importance.lookup if importance else None
-    memory = decided.memory(output.n_threads, output.memory)
-    encoding = Encoding(
-        decided.how, lookup, _codecs(plan, output.device), strip_weights=memory.strip_weights
-    )
+    recipe = decided.recipe
     provenance = Provenance(source.origin, source.fingerprint(), recipe)
     n_inexact = 0
+    # Before anything is laid out: the device may not be there. Workers have devices of their own.
+    is_here = output.cluster is None or text is not None
+    encoding = _encoding(plan, decided, output) if is_here else Encoding(decided.how)
     with output.open_writer(output.folder, plan, restart=output.restart) as writer:
         reporter.begin(plan.stem, plan.n_bytes, writer.n_done_bytes())
         try:
             if text is not None and plan is decided.plans[-1]:
                 text.round(plan, encoding, recipe.feedback, writer, output.n_threads, reporter)
-            source.will_read(_in_order(plan, writer))
-            work = partial(encode_tile, source, plan.tensors, encoding=encoding)
-            in_flight = run_threaded(
-                work,
-                writer.missing(),
-                output.n_threads,
-                n_bytes=lambda key: memory.of_tile(plan.tensors[key[0]]),
-                budget=memory.n_bytes,
-            )
-            with closing(in_flight) as tiles:
-                for tile in tiles:
-                    writer.write(tile.tensor, tile.tile, tile.data, tile.digest)
-                    reporter.advance(tile.data.nbytes)
-                    n_inexact += tile.n_inexact
+            if output.cluster is None:
+                making = _made_here(plan, source, decided, output, encoding, writer)
+            else:
+                errand = _errand(plan, source, job, decided, output)
+                making = made_on_cluster(output.cluster, errand, writer, reporter)
+            with closing(making) as parts:
+                for n_bytes, inexact in parts:
+                    reporter.advance(n_bytes)
+                    n_inexact += inexact
         finally:
             reporter.end()
         writer.commit(provenance)
     if n_inexact:
         reporter.warn(f"{n_inexact:,} blocks have a scale beyond f16 and were encoded, not copied")
     reporter.stage("write", f"{plan.stem}: {size(plan.n_bytes)} in {files(len(plan.shards))}")
+
+
+def _encoding(plan: Plan, decided: Planned, output: Output) -> Encoding:
+    lookup = decided.importance.lookup if decided.importance else None
+    strip = decided.memory(output.n_threads, output.memory).strip_weights
+    return Encoding(decided.how, lookup, codecs(plan, output.device), strip_weights=strip)
+
+
+def _made_here(
+    plan: Plan,
+    source: Source,
+    decided: Planned,
+    output: Output,
+    encoding: Encoding,
+    writer: ShardWriter,
+) -> Generator[tuple[int, int], None, None]:
+    """(bytes, blocks that were not copied) of tiles as they are written, by threads."""
+    memory = decided.memory(output.n_threads, output.memory)
+
+    def make(key: tuple[int, int]) -> tuple[int, int]:
+        tile = encode_tile(source, plan.tensors, key, encoding)
+        writer.write(*key, tile.data, tile.digest)
+        return tile.data.nbytes, tile.n_inexact
+
+    source.will_read(in_order(plan, writer.missing()))
+    yield from run_threaded(
+        make,
+        writer.missing(),
+        output.n_threads,
+        n_bytes=lambda key: memory.of_tile(plan.tensors[key[0]]),
+        budget=memory.n_bytes,
+    )
+
+
+def _errand(plan: Plan, source: Source, job: Job, decided: Planned, output: Output) -> Errand:
+    """What workers elsewhere have to know of it."""
+    importance = decided.importance
+    if importance and not {*importance.lookup.covered()} & {t.spec.name for t in plan.tensors}:
+        importance = None  # of a vision tower nothing is known
+    return Errand(
+        plan,
+        ref_of(job.model),
+        source.fingerprint(),
+        decided.how,
+        output.folder.resolve(),
+        output.staging,
+        job.imatrix.resolve() if importance and job.imatrix else None,
+        importance.digest if importance else "",
+        output.device,
+        output.memory,
+        spool_of(job.model),
+    )

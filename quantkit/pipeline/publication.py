@@ -198,12 +198,14 @@ class _PushingWriter(ShardWriter):
             if not left:
                 self._hand_over(shard)
 
-    def write(self, tensor: int, tile: int, data: memoryview, digest: bytes) -> None:
+    def record(self, tensor: int, tile: int, digest: bytes) -> None:
         """See `ShardWriter`."""
-        super().write(tensor, tile, data, digest)
+        super().record(tensor, tile, digest)
         shard = self.plan.tensors[tensor].shard
-        self._left[shard] -= 1
-        if not self._left[shard]:
+        with self._changed:
+            self._left[shard] -= 1
+            is_whole = not self._left[shard]
+        if is_whole:
             self.sync()
             self._hand_over(shard)
 

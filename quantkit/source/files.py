@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 MAX_OPEN = 64
 _EIO_RETRIES = 3
 _EIO_PAUSE_S = 0.05  # doubled with every retry
+_AHEAD_BYTES = 16 << 20
 _CHANGED_HINT = "leave the checkpoint alone while it is converted, then run again"
 
 
@@ -67,6 +68,45 @@ class _Open:
     n_users: int = 0
 
 
+class ReadAhead:
+    """Which tensors the system should fetch now, of those that are read from now on, in order.
+
+    The next 16 MiB behind the tensor that is being read. One that is larger is read for so long
+    that the system sees for itself where that leads. Safe from any thread.
+    """
+
+    def __init__(self, tensors: Iterable[TensorRef] = ()) -> None:
+        self._upcoming = iter(tensors)
+        self._next: deque[TensorRef] = deque()  # fetched and not yet read
+        self._lock = threading.Lock()
+
+    def start(self) -> list[TensorRef]:
+        """What to fetch before anything is read."""
+        with self._lock:
+            return self._fetched()
+
+    def reading(self, file: str, offset: int) -> list[TensorRef]:
+        """What to fetch as these bytes are read."""
+        with self._lock:
+            for n, ref in enumerate(self._next, 1):
+                if ref.file == file and ref.begin <= offset < ref.end:
+                    for _ in range(n):
+                        self._next.popleft()
+                    return self._fetched()
+        return []
+
+    def _fetched(self) -> list[TensorRef]:
+        fetched = []
+        while sum(ref.n_bytes for ref in self._next) < _AHEAD_BYTES:
+            ref = next(self._upcoming, None)
+            if ref is None:
+                break
+            self._next.append(ref)
+            if ref.n_bytes <= _AHEAD_BYTES:
+                fetched.append(ref)
+        return fetched
+
+
 class ShardFiles:
     """The shards of one folder. A file is held to the size and time it had when first opened."""
 
@@ -77,6 +117,7 @@ class ShardFiles:
         self._open: OrderedDict[str, _Open] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._closed = False
+        self._ahead = ReadAhead()
         # Without posix_fadvise, as on macOS, pages are left to the system.
         n_pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "posix_fadvise") else 2**62
         self._n_memory = n_pages * os.sysconf("SC_PAGE_SIZE")
@@ -100,6 +141,7 @@ class ShardFiles:
         Raises `SourceError` if the file is shorter, has changed since it was first opened, or
         gives an I/O error four times in a row.
         """
+        self._fetch(self._ahead.reading(file, offset))
         data = np.empty(n_bytes, np.uint8)
         with self.use(file) as fd:
             done = 0
@@ -126,6 +168,9 @@ class ShardFiles:
 
     def will_read(self, tensors: Iterable[TensorRef]) -> None:
         """See `Shards`."""
+        if hasattr(os, "posix_fadvise"):
+            self._ahead = ReadAhead(tensors)
+            self._fetch(self._ahead.start())
 
     def close(self) -> None:
         """Close every descriptor that no thread is reading from; the rest follow their readers."""
@@ -142,6 +187,11 @@ class ShardFiles:
     def n_bytes(self) -> int:
         """Size of all shards together."""
         return sum(size for size, _ in self.stamps.values())
+
+    def _fetch(self, tensors: list[TensorRef]) -> None:
+        for ref in tensors:
+            with self.use(ref.file) as fd:
+                os.posix_fadvise(fd, ref.begin, ref.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def _entry(self, file: str) -> _Open:
         if self._closed:

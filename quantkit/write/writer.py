@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quantkit.errors import OutputError
 from quantkit.run import fs
 from quantkit.run.closing import Closing
 from quantkit.run.journal import Journal
-from quantkit.types import Plan, PlannedTensor
+from quantkit.types import Plan
 from quantkit.write.manifest import dump_manifest, load_manifest, manifest_path
 from quantkit.write.record import Provenance, manifest_of
+from quantkit.write.shards import PartialShards, tile_span
 
-# Bytes between two barriers that make finished tiles durable: what a power cut can cost.
-_SYNC_BYTES = 4 << 30
+# Bytes that wait for a flush when one begins, and when writers wait for it: what a power cut costs.
+_SYNC_BYTES = 1 << 30
+_MOST_SYNCS = 4
 
 
 class ShardWriter(Closing):
     """The open output of one plan: partial files, and the journal of what is in them.
+
+    Tiles are written from any thread, while one more makes durable what is there. A flush that
+    fails is told to everybody who writes, syncs or commits from then on.
 
     A context manager. Leaving it without `commit()` keeps partial files and journal, so that
     the same plan can be opened again and goes on.
@@ -33,20 +40,26 @@ class ShardWriter(Closing):
         self.plan = plan
         self._folder = folder
         self._paths = [folder / shard.file for shard in plan.shards]
-        self._unsynced = 0
-        self._fds: list[int] = []
+        self._shards: PartialShards | None = None
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="quantkit-flush")
+        self._changed = threading.Condition()
+        self._n_fresh = self._n_flushing = 0  # bytes
+        self._is_asked = False  # for a flush that has not begun
+        self._failure: BaseException | None = None
         fs.make_folder(folder)
-        self._journal = Journal(journal_path(folder, plan.stem), plan.digest, restart=restart)
+        n_tiles = [tensor.n_tiles for tensor in plan.tensors]
+        path = journal_path(folder, plan.stem)
+        self._journal = Journal(path, plan.digest, n_tiles, restart=restart)
         try:
             if not self._journal.done:
                 self._discard_leftovers()
             partials = [fs.partial_of(path) for path in self._paths]
             fs.require_space(folder, plan.n_bytes, sum(map(fs.allocated, partials)))
             self._forget_lost_files()
-            for path, shard in zip(self._paths, plan.shards, strict=True):
-                fd = fs.open_sized(fs.partial_of(path), shard.n_bytes)
-                self._fds.append(fd)
-                fs.write_at(fd, shard.header, 0, path)
+            for partial, shard in zip(partials, plan.shards, strict=True):
+                os.close(fs.open_sized(partial, shard.n_bytes))
+            self._shards = PartialShards(folder, plan)
+            self._shards.write_headers()
         except BaseException:
             self.close()
             raise
@@ -58,46 +71,41 @@ class ShardWriter(Closing):
 
     def missing(self) -> Iterator[tuple[int, int]]:
         """(tensor, tile) of everything that is not written yet, in file order."""
+        done = self._journal.done
         for number, tensor in enumerate(self.plan.tensors):
             for tile in range(tensor.n_tiles):
-                if (number, tile) not in self._journal.done:
+                if (number, tile) not in done:
                     yield number, tile
 
     def n_done_bytes(self) -> int:
         """Bytes of tiles that earlier runs wrote."""
-        return sum(
-            tile_span(self.plan.tensors[tensor], tile)[1] for tensor, tile in self._journal.done
-        )
+        return sum(tile_span(self.plan.tensors[tensor], n)[1] for tensor, n in self._journal.done)
 
     def write(self, tensor: int, tile: int, data: memoryview, digest: bytes) -> None:
-        """Write a tile and record it with the sha256 of its bytes.
+        """Write a tile and record it with the sha256 of its bytes, from any thread.
 
-        Now and then makes what is written durable; so one thread writes, and no tile can slip
-        between the flush and the line that vouches for it.
+        Waits where the disk is so far behind that what is not durable would grow without bound.
         """
-        planned = self.plan.tensors[tensor]
-        begin, n_bytes = tile_span(planned, tile)
-        if data.nbytes != n_bytes:
-            raise ValueError(f"{planned.spec.name}: tile of {data.nbytes} bytes, not {n_bytes}")
-        fs.write_at(self._fds[planned.shard], data, begin, self._paths[planned.shard])
-        self._journal.record(tensor, tile, digest)
-        self._journal.done[tensor, tile] = digest
-        self._unsynced += n_bytes
-        if self._unsynced >= _SYNC_BYTES:
-            self.sync()
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._n_unsure < self._most_unsure)
+            self._raise_failure()
+        self._files().write(tensor, tile, data)
+        self.record(tensor, tile, digest)
+
+    def record(self, tensor: int, tile: int, digest: bytes) -> None:
+        """Note a tile whose bytes are in its file; another process has flushed what it wrote."""
+        with self._changed:
+            self._raise_failure()  # of what was written before a flush failed, nothing is known
+            self._journal.record(tensor, tile, digest)
+            self._n_fresh += tile_span(self.plan.tensors[tensor], tile)[1]
+            if self._n_fresh >= _SYNC_BYTES and not self._is_asked:
+                self._is_asked = True
+                self._flusher.submit(self._flush)
 
     def sync(self) -> None:
         """Make every recorded tile durable."""
-        try:
-            for fd, path in zip(self._fds, self._paths, strict=True):
-                with fs.writing(path):
-                    os.fsync(fd)
-        except OutputError:
-            # After a failed flush the kernel takes the pages for clean: the next would succeed.
-            self._journal.doubt()
-            raise
-        self._journal.sync()
-        self._unsynced = 0
+        self._raise_failure()
+        self._flusher.submit(self._flush).result()
 
     def commit(self, provenance: Provenance) -> list[Path]:
         """Flush everything, write the manifest and give the files their final names."""
@@ -110,7 +118,7 @@ class ShardWriter(Closing):
             fs.remove(path)
         with fs.writing(self._folder):
             fs.sync_folder(self._folder)
-        self._journal.sync(seal=True)
+        self._journal.seal()
         manifest = manifest_of(self.plan, self._journal.done, provenance)
         for path in self._paths:
             fs.publish(path)
@@ -120,11 +128,58 @@ class ShardWriter(Closing):
         return self._paths
 
     def close(self) -> None:
-        """Close all files."""
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        """Close all files, when the flush that is under way has ended."""
+        self._flusher.shutdown(cancel_futures=True)
+        if self._shards is not None:
+            self._shards.close()
         self._journal.close()
+
+    @property
+    def _n_unsure(self) -> int:
+        """Bytes that are recorded and not durable."""
+        return self._n_fresh + self._n_flushing
+
+    @property
+    def _most_unsure(self) -> int:
+        return _MOST_SYNCS * _SYNC_BYTES
+
+    def _files(self) -> PartialShards:
+        if self._shards is None:
+            raise ValueError("the output is closed")
+        return self._shards
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _flush(self) -> None:
+        """Make durable what is recorded now; in the one thread that does it."""
+        try:
+            with self._changed:
+                self._is_asked = False
+                self._raise_failure()
+                self._journal.mark()
+                self._n_flushing, self._n_fresh = self._n_fresh, 0
+            self._flush_files()
+            self._journal.sync()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            with self._changed:
+                self._n_flushing = 0
+                self._changed.notify_all()
+
+    def _flush_files(self) -> None:
+        try:
+            self._files().flush()
+        except OutputError as error:
+            # After a failed flush the kernel takes the pages for clean: the next would succeed.
+            # From here on nothing is recorded, which would seem to be behind the doubt.
+            with self._changed:
+                self._failure = error
+                self._journal.doubt()
+            raise
 
     def _discard_leftovers(self) -> None:
         """Remove what another run left, which may have been cut into other shards.
@@ -153,17 +208,10 @@ class ShardWriter(Closing):
                 fs.unpublish(path)
             if not partial.exists() or partial.stat().st_size != shard.n_bytes:
                 lost.add(number)
-        known = {number for number, _ in self._journal.done}
+        done = self._journal.done
         self._journal.forget(
-            {number for number in known if self.plan.tensors[number].shard in lost}
+            [n for n, t in enumerate(self.plan.tensors) if t.shard in lost and done.count(n)]
         )
-
-
-def tile_span(tensor: PlannedTensor, tile: int) -> tuple[int, int]:
-    """Absolute offset and length in bytes of a tile."""
-    slab, first, last = tensor.tile(tile)
-    begin = tensor.begin + (slab * tensor.slab_rows + first) * tensor.row_bytes
-    return begin, (last - first) * tensor.row_bytes
 
 
 def journal_path(folder: Path, stem: str) -> Path:

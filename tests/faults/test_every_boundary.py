@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 
@@ -65,6 +66,30 @@ def test_rounding_to_the_nearest_survives_a_kill_at_every_call(nearest, expected
     n_kills = sum(sweep(nearest, expected(nearest), tmp_path / "out", calls))
     print(f"{len(calls)} calls, {n_kills} kills")
     assert n_kills > 1.5 * len(calls)
+
+
+def test_a_kill_while_tiles_are_written_and_flushed_side_by_side_costs_only_those_in_work(
+    nearest, expected, tmp_path, monkeypatch
+):
+    """Three threads and a flush for every few tiles: no two runs make their calls in one order."""
+    monkeypatch.setattr("quantkit.write.writer._SYNC_BYTES", 4_000)
+    work = replace(nearest, n_threads=3)
+    calls = calls_of(work, tmp_path / "first")
+    n_files = len(expected(nearest))
+    assert sum(call.name == "fsync" for call in calls) > 4 * n_files
+    n_kills = 0
+    for at in range(1, len(calls), 3):
+        folder = tmp_path / str(at)
+        n_kills += killed(work, folder, at)
+        assert_sound(folder, expected(nearest))
+        before = recorded(folder)
+        n_kills += killed(work, folder, max(1, at // 2))
+        assert recorded(folder) >= before or not list(folder.glob(".*.journal")), at
+        work.run(folder)
+        assert digests(folder) == expected(nearest), at
+        assert leftovers(folder) == [], at
+        rmtree(folder)
+    assert n_kills > 0.5 * len(calls)
 
 
 @pytest.mark.slow

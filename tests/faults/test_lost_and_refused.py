@@ -11,7 +11,7 @@ import pytest
 
 from quantkit.errors import OutputError
 from quantkit.run import journal as journal_module
-from quantkit.run.journal import Journal
+from quantkit.run.journal import Done, Journal
 from tests.faults.jobs import calls_of, digests, killed, leftovers, watched, write_model
 
 FAILING = {"pwrite", "write", "fsync", "ftruncate", "open", "replace", "mkdir"}
@@ -167,27 +167,30 @@ def test_a_device_that_takes_nothing_at_all_is_an_error_and_no_loop(nearest, tmp
 D1, D2 = (bytes([n]) * 32 for n in (1, 2))
 
 
-def done(path: Path) -> dict[tuple[int, int], bytes]:
-    journal = Journal(path, "p")
+TILES = [4, 4]  # of each tensor
+
+
+def done(path: Path) -> Done:
+    journal = Journal(path, "p", TILES)
     journal.close()
     return journal.done
 
 
 def test_what_is_forgotten_stays_forgotten_and_can_be_recorded_again(tmp_path):
-    first = Journal(tmp_path / "j", "p")
+    first = Journal(tmp_path / "j", "p", TILES)
     first.record(0, 0, D1)
     first.record(1, 0, D1)
     first.sync()
     first.record(1, 1, D1)
     first.forget({1})
-    assert first.done == {}  # of earlier runs; what this one wrote its writer knows
+    assert first.done == {(0, 0): D1}
     first.record(1, 1, D2)
     first.close()
     assert done(tmp_path / "j") == {(0, 0): D1, (1, 1): D2}
 
 
 def test_after_doubt_only_what_was_durable_before_counts(tmp_path):
-    first = Journal(tmp_path / "j", "p")
+    first = Journal(tmp_path / "j", "p", TILES)
     first.record(0, 0, D1)
     first.sync()
     first.record(0, 1, D1)
@@ -204,6 +207,10 @@ def test_after_doubt_only_what_was_durable_before_counts(tmp_path):
         b"tile 7",
         b"tile -1 0 " + b"0" * 64,
         b"\0" * 4096,
+        b"\0" * 4096 + b"lost 0",
+        b"tile 999999999 999999999 " + b"0" * 64,
+        b"tile 0 4 " + b"0" * 64,
+        b"lost 999999999",
         b"\xff\xfe tile",
         b"lost x",
         b"boot",
@@ -211,7 +218,7 @@ def test_after_doubt_only_what_was_durable_before_counts(tmp_path):
     ],
 )
 def test_a_line_that_a_power_cut_left_half_is_passed_over(tmp_path, torn):
-    first = Journal(tmp_path / "j", "p")
+    first = Journal(tmp_path / "j", "p", TILES)
     first.record(0, 0, D1)
     first.close()
     with (tmp_path / "j").open("ab") as file:
@@ -229,4 +236,4 @@ def test_a_journal_that_was_removed_as_its_lock_was_handed_over_is_not_taken(tmp
 
     monkeypatch.setattr(journal_module.fcntl, "flock", late)
     with pytest.raises(OutputError, match="another run"):
-        Journal(path, "p")
+        Journal(path, "p", TILES)

@@ -13,7 +13,7 @@ from quantkit.errors import OutputError
 from quantkit.pipeline import Job, Output, convert, planned
 from quantkit.plan.build import Limits
 from quantkit.run.events import Silent
-from quantkit.write.writer import tile_span
+from quantkit.write.shards import tile_span
 
 LIMIT = 6_000_000
 
@@ -82,11 +82,12 @@ def test_a_reboot_costs_what_was_not_flushed_and_nothing_else(
     (journal,) = tmp_path.glob(".*.journal")
     lines = journal.read_text().splitlines()
     last_sync = max(n for n, line in enumerate(lines) if line == "sync")
-    unflushed = [line.split()[1:3] for line in lines[last_sync:] if line.startswith("tile")]
+    flushed = max(n for n, line in enumerate(lines[:last_sync]) if line == "flush")
+    unflushed = [line.split()[1:3] for line in lines[flushed:] if line.startswith("tile")]
     assert unflushed
     for path in tmp_path.glob("m-*.partial"):  # the lost tiles hold anything
-        flushed = [line.split() for line in lines[:last_sync] if line.startswith("tile")]
-        spoil(path, fixture_model, {(int(t), int(n)) for _, t, n, _ in flushed})
+        sure = [line.split() for line in lines[:flushed] if line.startswith("tile")]
+        spoil(path, fixture_model, {(int(t), int(n)) for _, t, n, _ in sure})
     run(fixture_model, tmp_path)
     assert digests(tmp_path) == digests(converted("q4_x", LIMIT))
 
