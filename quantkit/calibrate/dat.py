@@ -21,6 +21,7 @@ from quantkit.errors import GgufError, UsageError
 
 _I32 = struct.Struct("<i")
 _MIN_ENTRY = 4 + 1 + 4 + 4 + 4  # length, name, chunks, number of values, value
+_MAX_ENTRIES = 1 << 13  # as many as a GGUF file may have pairs of tensors
 _I32_MAX = 2**31 - 1
 
 
@@ -83,7 +84,7 @@ class _DatReader:
 
     def read(self, chunk_size: int) -> Statistics:
         n_entries = self._i32()
-        if n_entries < 1 or n_entries * _MIN_ENTRY > self._left:
+        if not 1 <= n_entries <= _MAX_ENTRIES or n_entries * _MIN_ENTRY > self._left:
             raise self._fail(
                 "neither a GGUF file nor a legacy imatrix",
                 hint="give the file that llama-imatrix or quantkit wrote",

@@ -46,6 +46,7 @@ VERSION = "quantkit.version"
 N_TOKENS = "quantkit.imatrix.n_tokens"  # u64, where it is no whole number of chunks
 
 _OWN_KEYS = {TYPE, DATASETS, CHUNK_COUNT, CHUNK_SIZE, N_TOKENS, ALIGNMENT, *SPLIT_KEYS}
+_MAX_ROWS = 1 << 14
 _PRIOR = "@all"
 _SUM2, _COUNTS = ".in_sum2", ".counts"
 _UNUSED = ".in_sum"  # plain sums, which some builds of llama-imatrix add
@@ -180,6 +181,8 @@ def _check_halves(tensors: Mapping[str, TensorInfo], base: str, at: str) -> tupl
     n, rest = divmod(sum2.n_weights, m)
     if rest or not n:
         raise GgufError(f"{sum2.n_weights} sums do not divide into {m} rows", where=at)
+    if m > _MAX_ROWS:
+        raise GgufError(f"{m} rows are more experts than any model has", where=at)
     return (sum2, counts), (m, n)
 
 

@@ -16,7 +16,7 @@ from quantkit.container.names import escaped
 from quantkit.errors import GgufError, NonFiniteError
 from quantkit.run.fs import open_sized, partial_of, publish, remove, write_at, writing
 
-MAX_VALUES = 1 << 27  # of a weight: fifty times those of 384 experts of 7168 columns
+MAX_VALUES = 1 << 23  # of a weight: three times those of 384 experts of 7168 columns
 
 _MAX_BYTES = 32 << 30  # twenty times what a model of 10^12 weights needs
 _MAX_COUNT = 2.0**53

@@ -10,8 +10,10 @@ import click
 
 from quantkit.cli.options import (
     MODEL,
+    cluster_options,
     default_threads,
     hub_options,
+    on_cluster,
     on_hub,
     reading_options,
     running_options,
@@ -74,6 +76,7 @@ from quantkit.cli.options import (
     help="Write MODEL's log-probabilities for llama-perplexity --kl-divergence-base, and stop.",
 )
 @running_options
+@cluster_options
 @hub_options
 @click.option("--force", is_flag=True, help="Score on calibration text all the same.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
@@ -92,6 +95,7 @@ def evaluate_command(
     save_base: Path | None,
     reading: dict[str, Any],
     running: dict[str, Any],
+    cluster: dict[str, Any],
     hub: dict[str, Any],
     threads: int | None,
     force: bool,
@@ -109,6 +113,9 @@ def evaluate_command(
     With --task, questions are asked: how many MODEL and QUANTS answer right, and which answers
     change. A line of a JSONL file is {"question": TEXT, "choices": [TEXT, ...], "answer": LETTER or
     INDEX, "subject": TEXT}; the subject can be left out.
+
+    With --executor ray the text is shared among workers, to the same report; they need MODEL,
+    QUANTS and the report's folder under the same paths. Questions are asked by this process.
     """
     from quantkit.cli.console import reporter
     from quantkit.cli.options import use_threads
@@ -120,6 +127,7 @@ def evaluate_command(
         write_report,
     )
     from quantkit.pipeline.opening import Reading, Running
+    from quantkit.pipeline.spread import spread_over
     from quantkit.pipeline.tasks import Asking
 
     use_threads(threads or default_threads())
@@ -133,13 +141,19 @@ def evaluate_command(
         raise click.UsageError("--save-base writes what MODEL makes of a text, not of a --task.")
     if not quants and save_base is None:
         raise click.UsageError("name the files to compare, or --save-base FILE.")
+    if cluster["executor"] != "threads" and (engine != "quantkit" or save_base is not None):
+        raise click.UsageError("--executor shares neither --save-base nor --engine llama.cpp.")
     folder = output or (save_base.parent if save_base else Path())
-    with on_hub(hub, view, folder) as session:
+    how = Running(**running)
+    with (
+        on_cluster(cluster, threads, str(how.compute().device), view) as workers,
+        on_hub(hub, view, folder) as session,
+    ):
         job = Evaluation(
             session.at(model),
             tuple(session.file(quant) for quant in quants),
             Reading(**reading) if has_text else None,
-            Running(**running),
+            how,
             engine,
             threads or default_threads(),
             imatrix,
@@ -150,7 +164,8 @@ def evaluate_command(
         if save_base is not None:
             write_base(job, save_base, view)
             return
-        report = evaluate(job, folder / ".evaluate.work", view)
+        spread = spread_over(workers, view) if workers else None
+        report = evaluate(job, folder / ".evaluate.work", view, spread=spread)
     if output is not None:
         write_report(report, output)
     if as_json:

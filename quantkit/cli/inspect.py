@@ -1,17 +1,15 @@
-"""`quantkit inspect`: what a GGUF file, or the shard set it belongs to, says about itself.
-
-rich is imported where a table is made, so that `--help` does not wait for it.
-"""
+"""`quantkit inspect`: what a GGUF file, or the shard set it belongs to, says about itself."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,11 +21,10 @@ from quantkit.hub.folder import HubFolder
 from quantkit.run.events import Silent, size
 from quantkit.types import Kv, KvType
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 _SHOWN_ITEMS = 6
+_WIDEST = 64  # a column is not padded further
+_PIECE = 1 << 16
+_ITEMS = 1 << 10
 _LAYER = re.compile(r"^(v\.|mm\.)?blk\.\d+\.")
 
 
@@ -61,7 +58,9 @@ def inspect_command(
         shards, problems = survey(place)
     parts = ("kvs",) if kv_only else ("tensors",) if tensors_only else ("general", "kvs", "tensors")
     if as_json:
-        click.echo(json.dumps(_as_json(shards, parts, full), indent=1, allow_nan=False))
+        # Piece by piece: the text of it all can be six times as large as what it says.
+        encoder = json.JSONEncoder(indent=1, allow_nan=False)
+        _echo(encoder.iterencode(_as_json(shards, parts, full)))
     else:
         _print(shards, parts, full)
     for problem in problems:
@@ -131,42 +130,60 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
-def _print(shards: ShardSet, parts: Iterable[str], full: bool) -> None:
-    from rich.console import Console
+def _echo(parts: Iterable[str]) -> None:
+    """Print a line that comes in parts, many or long ones, without holding it as a whole."""
+    held: list[str] = []
+    n_chars = 0
+    for part in parts:
+        if n_chars + len(part) > _PIECE:
+            click.echo("".join(held), nl=False)
+            held, n_chars = [], 0
+        if len(part) <= _PIECE:
+            held.append(part)
+            n_chars += len(part)
+            continue
+        for begin in range(0, len(part), _PIECE):
+            click.echo(part[begin : begin + _PIECE], nl=False)
+    click.echo("".join(held))
 
-    # In a pipe nothing is cut to a terminal's width.
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+
+def _print(shards: ShardSet, parts: Iterable[str], full: bool) -> None:
     show = {"general": _print_general, "kvs": _print_kvs, "tensors": _print_tensors}
     for part in parts:
-        show[part](console, shards, full)
+        show[part](shards, full)
 
 
-def _print_general(console: Console, shards: ShardSet, _full: bool) -> None:
+def _print_general(shards: ShardSet, _full: bool) -> None:
     facts = _general(shards)
     files = facts.pop("files")
     facts["n_files"] = len(files)
     facts["n_bytes"] = f"{facts['n_bytes']:,} ({size(facts['n_bytes'])})"
     facts["n_weights"] = f"{facts['n_weights']:,}"
-    table = _table(("", "left"), ("", "left"))
-    table.show_header = False
-    _fill(table, ((what, escaped(str(value))) for what, value in facts.items()))
-    console.print(table)
+    _table([(what, escaped(str(value))) for what, value in facts.items()])
 
 
-def _print_kvs(console: Console, shards: ShardSet, full: bool) -> None:
-    table = _table(("key", "left"), ("type", "left"), ("value", "left"))
-    rows = ((shown(key), *_kv_cells(kv, full)) for key, kv in _kvs(shards).items())
-    _fill(table, rows)
-    console.print(table)
+def _print_kvs(shards: ShardSet, full: bool) -> None:
+    heads = [(shown(key), _type(kv)) for key, kv in _kvs(shards).items()]
+    widths = _widths([("key", "type"), *heads])
+    click.echo(f"\n{'key':{widths[0]}}  {'type':{widths[1]}}  value")
+    for (key, type_), kv in zip(heads, _kvs(shards).values(), strict=True):
+        _echo(chain([f"{key:{widths[0]}}  {type_:{widths[1]}}  "], _value(kv, full)))
 
 
-def _kv_cells(kv: Kv, full: bool) -> tuple[str, str]:
+def _type(kv: Kv) -> str:
+    return kv.type.name if kv.item is None else f"{kv.item.name}[{len(kv.value)}]"
+
+
+def _value(kv: Kv, full: bool) -> Iterator[str]:
     cut = kv.value if full else _cut(kv)
     if kv.item is None:
-        return kv.type.name, escaped(_text(kv.type, cut))
-    items = [repr(x) if kv.item is KvType.STRING else _text(kv.item, x) for x in cut]
-    more = ["…"] if len(cut) < len(kv.value) else []
-    return f"{kv.item.name}[{len(kv.value)}]", f"[{escaped(', '.join(items + more))}]"
+        yield escaped(_text(kv.type, cut))
+        return
+    told = repr if kv.item is KvType.STRING else partial(_text, kv.item)
+    for begin in range(0, len(cut), _ITEMS):
+        yield ", " if begin else "["
+        yield escaped(", ".join(map(told, cut[begin : begin + _ITEMS])))
+    yield ("" if cut else "[") + (", …]" if len(cut) < len(kv.value) else "]")
 
 
 def _text(type_: KvType, value: Any) -> str:
@@ -174,7 +191,7 @@ def _text(type_: KvType, value: Any) -> str:
     return f"{value:.7g}" if type_ is KvType.F32 else str(value)
 
 
-def _print_tensors(console: Console, shards: ShardSet, _full: bool) -> None:
+def _print_tensors(shards: ShardSet, _full: bool) -> None:
     counts: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -183,48 +200,33 @@ def _print_tensors(console: Console, shards: ShardSet, _full: bool) -> None:
         counts[kind] += 1
         weights[kind] += tensor.n_weights
         sizes[kind] += tensor.n_bytes
-    right = "right"
-    table = _table(
-        ("role", "left"), ("type", "left"), ("tensors", right), ("size", right), ("bpw", right)
+    kinds = (
+        (shown(kind[0]), kind[1], str(n), size(sizes[kind]), _bpw(sizes[kind], weights[kind]))
+        for kind, n in sorted(counts.items())
     )
-    _fill(
-        table,
-        (
-            (shown(kind[0]), kind[1], str(n), size(sizes[kind]), _bpw(sizes[kind], weights[kind]))
-            for kind, n in sorted(counts.items())
-        ),
-    )
-    console.print(table)
-
-    table = _table(
-        ("tensor", "left"), ("type", "left"), ("ne", "left"), ("bytes", right), ("file", right)
-    )
+    _table([("role", "type", "tensors", "size", "bpw"), *kinds], right=(2, 3, 4))
     number = {file.path: str(no) for no, file in enumerate(shards.files, start=1)}
-    _fill(
-        table,
-        (
-            (shown(t.name), t.type.name, _ne(t.shape), f"{t.n_bytes:,}", number[file.path])
-            for file, t in shards.tensors()
-        ),
+    tensors = (
+        (shown(t.name), t.type.name, _ne(t.shape), f"{t.n_bytes:,}", number[file.path])
+        for file, t in shards.tensors()
     )
-    console.print(table)
+    _table([("tensor", "type", "ne", "bytes", "file"), *tensors], right=(3, 4))
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")
-    return table
-
-
-def _fill(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.text import Text
-
+def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """Columns as wide as their widest cell, up to a point; a terminal folds what is longer."""
+    widths = _widths(rows)
+    click.echo()
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: names are no markup
+        cells = (
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def _widths(rows: list[tuple[str, ...]]) -> list[int]:
+    return [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
 
 
 def _ne(shape: tuple[int, ...]) -> str:

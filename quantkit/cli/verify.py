@@ -44,14 +44,17 @@ def verify_command(file: Path, quick: bool, as_json: bool, threads: int) -> None
 
 
 def _run(file: Path, quick: bool, quiet: bool, threads: int) -> VerifyReport:
-    from quantkit.container.shardset import survey
     from quantkit.write.verify import verify
 
     view = Silent() if quick or quiet else reporter(quiet=False, as_json=False)
-    shards, _ = survey(file)
-    view.begin("verify", sum(tensor.n_bytes for _, tensor in shards.tensors()), 0)
     try:
-        return verify(file, deep=not quick, threads=threads, on_bytes=view.advance)
+        return verify(
+            file,
+            deep=not quick,
+            threads=threads,
+            on_begin=lambda n_bytes: view.begin("verify", n_bytes, 0),
+            on_bytes=view.advance,
+        )
     finally:
         view.end()
 

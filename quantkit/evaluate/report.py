@@ -6,6 +6,7 @@ not finite is stored as null.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -30,6 +31,7 @@ from quantkit.container.names import escaped, shown
 from quantkit.container.reader import RangeFile
 from quantkit.container.shardset import ShardSet, open_shards
 from quantkit.errors import NonFiniteError, UsageError
+from quantkit.run.json_size import parsed_bytes
 
 # Tenths of a decade: below the first edge nothing is left but rounding, 100 nats no model reaches.
 LOG10_EDGES = tuple(round(0.1 * k, 1) for k in range(-80, 21))
@@ -257,6 +259,16 @@ def report_json(
         coverage=coverage,
     )
     return report.model_dump(mode="json")
+
+
+_MAX_PARSED_BYTES = 40 << 20
+
+
+def load_report(raw: bytes, *, where: str) -> Report:
+    """A report from a file's bytes; ValueError or `UsageError` for what is none."""
+    if parsed_bytes(raw) > _MAX_PARSED_BYTES:
+        raise UsageError("takes too much memory, unlike any report", where=where)
+    return parse_report(json.loads(raw), where=where)
 
 
 def parse_report(raw: object, *, where: str = "report") -> Report:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from itertools import chain
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.functional import gelu, silu
 
 from quantkit.forward.hyper import Activation, read_traits
+from quantkit.forward.keeping import Kept
+from quantkit.forward.loading import Loader, Part
 from quantkit.forward.rounding import rounded
 from quantkit.forward.weights import Weights
 
 Activations = Literal["llama.cpp", "exact"]
-T = TypeVar("T")
 
 _TILE_BYTES = 64 << 20  # of f32; an expert's matrix of Kimi K2 is just below
 
@@ -69,9 +71,20 @@ class Matrices:
         self.compute = compute
         self.observer = observer
         self._traits = read_traits(weights.kvs)
+        self._load = Loader(weights, compute.device, compute.dtype).load
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep what is read of matrices inside the block for further products in it, see `Kept`."""
+        load = self._load
+        self._load = Kept(load).load
+        try:
+            yield
+        finally:
+            self._load = load
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm or bias, f32[n] on the device."""
@@ -82,19 +95,26 @@ class Matrices:
 
         A bias of the same name is added.
         """
-        first, n_rows = self._rows_of(name, expert)
+        with closing(self._load(self._parts(name, *self._rows_of(name, expert)))) as tiles:
+            return self._applied(name, x, expert, tiles)
+
+    def _applied(
+        self, name: str, x: torch.Tensor, expert: int | None, tiles: Iterator[torch.Tensor]
+    ) -> torch.Tensor:
         x = self._input(name, x)
-        y = torch.empty(len(x), n_rows, device=x.device)
-        for begin, tile in self._tiles(name, first, n_rows):
+        y = torch.empty(len(x), self._rows_of(name, expert)[1], device=x.device)
+        begin = 0
+        while begin < y.shape[1]:
+            tile = next(tiles)
             y[:, begin : begin + len(tile)] = x @ tile.T
+            begin += len(tile)
         bias = self._bias(name, expert)
         return y if bias is None else y.add_(bias)
 
     def heads(self, name: str) -> torch.Tensor:
         """All of a small 3-D tensor, f32[n_heads, rows, cols]."""
         shape = self.weights.shape(name)
-        parts = [tile for _, tile in self._tiles(name, 0, shape[0] * shape[1])]
-        return torch.cat(parts).view(shape)
+        return torch.cat(list(self._load(self._parts(name, 0, shape[0] * shape[1])))).view(shape)
 
     def per_head(self, name: str, matrices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x f32[n_tok, n_heads, cols] by `heads(name)`: f32[n_heads, n_tok, rows]."""
@@ -112,17 +132,31 @@ class Matrices:
         row, n_rows = (0, 1) if expert is None else (expert, self.weights.shape(down)[0])
         if self.observer:
             self.observer.see(tuple(dict.fromkeys(names)), x, row, n_rows)
-        inner = self.swiglu_inner(prefix, suffix, x, expert)
-        if self.observer:
-            self.observer.see((down,), inner, row, n_rows)
-        return self.apply(down, inner, expert)
+        parts = [*self._inner_parts(prefix, suffix, expert)]
+        parts += self._parts(down, *self._rows_of(down, expert))
+        with closing(self._load(parts)) as tiles:
+            inner = self._inner(prefix, suffix, x, expert, tiles)
+            if self.observer:
+                self.observer.see((down,), inner, row, n_rows)
+            return self._applied(down, inner, expert, tiles)
 
     def swiglu_inner(
         self, prefix: str, suffix: str, x: torch.Tensor, expert: int | None
     ) -> torch.Tensor:
         """What goes into the down projection, f32[n_tok, width]."""
+        with closing(self._load([*self._inner_parts(prefix, suffix, expert)])) as tiles:
+            return self._inner(prefix, suffix, x, expert, tiles)
+
+    def _inner(
+        self,
+        prefix: str,
+        suffix: str,
+        x: torch.Tensor,
+        expert: int | None,
+        tiles: Iterator[torch.Tensor],
+    ) -> torch.Tensor:
         gate, up = self._gate_up(prefix, suffix)
-        first, n_rows = self._rows_of(up, expert)
+        n_rows = self._rows_of(up, expert)[1]
         skip = 0
         if gate == up:
             skip = n_rows = n_rows // 2
@@ -130,16 +164,29 @@ class Matrices:
         combine = _GATED[self._traits.activation]
         inner = torch.empty(len(x), n_rows, device=x.device)
         into_gate, into_up = self._input(gate, x), self._input(up, x)
-        ups = self._tiles(up, first + skip, n_rows)
-        for begin, tile in self._tiles(gate, first, n_rows):
-            end = begin + len(tile)
-            gated, raised = into_gate @ tile.T, into_up @ next(ups)[1].T
+        begin = 0
+        while begin < n_rows:
+            gated, raised = into_gate @ next(tiles).T, into_up @ next(tiles).T
+            end = begin + raised.shape[1]
             if gate_bias is not None:
                 gated = gated + gate_bias[begin:end]
             if up_bias is not None:
                 raised = raised + up_bias[skip + begin : skip + end]
             inner[:, begin:end] = combine(gated, raised)
+            begin = end
         return inner
+
+    def _inner_parts(self, prefix: str, suffix: str, expert: int | None) -> Iterator[Part]:
+        """Tiles of gate and up in turns; where they are one tensor, gate is its upper half."""
+        gate, up = self._gate_up(prefix, suffix)
+        first, n_rows = self._rows_of(up, expert)
+        skip = 0
+        if gate == up:
+            skip = n_rows = n_rows // 2
+        pairs = zip(
+            self._parts(gate, first, n_rows), self._parts(up, first + skip, n_rows), strict=True
+        )
+        return chain.from_iterable(pairs)
 
     def _gate_up(self, prefix: str, suffix: str) -> tuple[str, str]:
         gate, up = f"{prefix}_gate{suffix}.weight", f"{prefix}_up{suffix}.weight"
@@ -155,7 +202,10 @@ class Matrices:
 
     def tiles(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, tile) of a matrix on the device."""
-        return self._tiles(name, 0, self.weights.shape(name)[0])
+        parts = self._parts(name, 0, self.weights.shape(name)[0])
+        with closing(self._load(parts)) as tiles:
+            for part, tile in zip(parts, tiles, strict=True):
+                yield part.first, tile
 
     def product(self, name: str, x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
         """x f32[n_tok, cols] by a tile of the head, f32[n_tok, rows]: logits, soft-capped."""
@@ -174,33 +224,11 @@ class Matrices:
             x = rounded(x, self.weights.type(name))
         return x.to(self.compute.dtype)
 
-    def _tiles(self, name: str, first: int, n_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(place, tile) of `n_rows` rows from `first` on, one read ahead of its use."""
+    def _parts(self, name: str, first: int, n_rows: int) -> list[Part]:
+        """Tiles of `n_rows` rows from `first` on."""
         step = max(1, _TILE_BYTES // (4 * self.weights.shape(name)[-1]))
-        begins = range(0, n_rows, step)
-
-        def read(begin: int) -> torch.Tensor:
-            end = min(begin + step, n_rows)
-            return torch.from_numpy(self.weights.read(name, first + begin, first + end))
-
-        device, dtype = self.compute.device, self.compute.dtype
-        for begin, tile in zip(begins, ahead(read, begins), strict=True):
-            yield begin, tile.to(device, dtype)
-
-
-def ahead(call: Callable[[int], T], arguments: Iterable[int]) -> Iterator[T]:
-    """`map`, with the next call under way while this one's result is used."""
-    waiting = list(arguments)
-    if len(waiting) == 1:  # nothing to overlap with
-        yield call(waiting[0])
-        return
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        pending = [pool.submit(call, argument) for argument in waiting[:1]]
-        for argument in [*waiting[1:], None]:
-            result = pending.pop().result()
-            if argument is not None:
-                pending.append(pool.submit(call, argument))
-            yield result
+        last = first + n_rows
+        return [Part(name, k, min(k + step, last)) for k in range(first, last, step)]
 
 
 def output_name(weights: Weights) -> str:

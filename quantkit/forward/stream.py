@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Matrices, output_name
 from quantkit.forward.rotary import Turns
 from quantkit.forward.rows import Rows
+from quantkit.forward.spans import Spans
 
 _WORK_BYTES = 384 << 20  # of activations in flight, about
 _LOGIT_BYTES = 32 << 20  # of logits at once, by each model of a comparison
@@ -28,20 +31,38 @@ Progress = Callable[[float], None]
 
 
 def _unheard(part: float) -> None:
-    """Progress that nobody asked for."""
+    """What nobody asked for."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids i64[n_tok] of all sequences, one after the other, and the sequences' lengths."""
+    """Token ids i64[n_tok] of all sequences, one after the other, and the sequences' lengths.
+
+    `ends` are where spans end, the last at n_tok; without any, all is one span. `n_all` are the
+    tokens of the whole text where these are a share of it.
+    """
 
     ids: npt.NDArray[np.int64]
     lengths: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    n_all: int | None = None
 
     @classmethod
     def of(cls, chunks: npt.NDArray[np.integer]) -> Sequences:
         """Equal sequences, ids [n_seq, n_tok]."""
         return cls(chunks.ravel().astype(np.int64), (chunks.shape[1],) * len(chunks))
+
+    @classmethod
+    def share(cls, chunks: npt.NDArray[np.integer], spans: Spans, share: range) -> Sequences:
+        """The sequences of some spans of a text, ids [n_seq, n_tok]."""
+        mine = cls.of(chunks[spans.chunks(share)])
+        return cls(mine.ids, mine.lengths, spans.ends(share), spans.n_tokens)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First token and end of each span."""
+        ends = self.ends or (len(self),)
+        return list(zip((0, *ends), ends, strict=False))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,17 +71,24 @@ class Sequences:
 class Stream:
     """Hidden states f32[n_tok, hidden] of one model, advanced layer by layer.
 
-    Weights are read once per layer (once per block of tokens where activations would not fit), an
-    expert at a time. `routing` holds the experts chosen in the last layer, i16[n_tok, n_used], or
-    None after a dense one.
+    Weights are read once per layer (once per block of tokens where they are too large to be kept),
+    an expert at a time. `routing` holds the experts chosen in the last layer, i16[n_tok, n_used],
+    or None after a dense one. `on_span` is told the number of the span whose tokens the matrices'
+    observer sees next.
     """
 
     def __init__(
-        self, matrices: Matrices, hyper: Hyper, sequences: Sequences, make_rows: RowsMaker
+        self,
+        matrices: Matrices,
+        hyper: Hyper,
+        sequences: Sequences,
+        make_rows: RowsMaker,
+        on_span: Callable[[int], None] = _unheard,
     ) -> None:
         self.matrices = matrices
         self.hyper = hyper
         self.sequences = sequences
+        self._on_span = on_span
         self.hidden = make_rows(len(sequences), hyper.hidden)
         self.routing: npt.NDArray[np.int16] | None = None
         # Where a routed layer gathers what comes out, before it becomes the hidden states.
@@ -92,19 +120,18 @@ class Stream:
 
         Raises `NonFiniteError` where a hidden state overflows.
         """
-        m, n = self.matrices, max(1, len(self.sequences))
-        for begin, end, lengths in self.sequence_blocks():
-            h = self.read(begin, end)
-            self.hidden.write(begin, (h + self.attention(layer, h, lengths)).cpu())
-            progress(_ATTENTION * (end - begin) / n)
+        n = max(1, len(self.sequences))
+        with self._keeping():
+            for begin, end, lengths in self.sequence_blocks():
+                self._enter(begin)
+                h = self.read(begin, end)
+                self.hidden.write(begin, (h + self.attention(layer, h, lengths)).cpu())
+                progress(_ATTENTION * (end - begin) / n)
         self.routing = None
-        if blocks.is_routed(m, layer):
+        if blocks.is_routed(self.matrices, layer):
             self._routed(layer, progress)
         else:
-            for begin, end in self.token_blocks():
-                h = self.read(begin, end)
-                self.hidden.write(begin, (h + self.dense_ffn(layer, h)).cpu())
-                progress((1 - _ATTENTION) * (end - begin) / n)
+            self._dense(layer, progress)
         self.check(layer)
 
     def attention(self, layer: int, h: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -140,8 +167,18 @@ class Stream:
         """Show the head's input of all tokens to the observer."""
         if self.matrices.observer:
             for begin, end in self.token_blocks():
+                self._enter(begin)
                 x = self.final(torch.arange(begin, end))
                 self.matrices.observer.see((output_name(self.matrices.weights),), x)
+
+    def _dense(self, layer: int, progress: Progress) -> None:
+        n = max(1, len(self.sequences))
+        with self._keeping():
+            for begin, end in self.token_blocks():
+                self._enter(begin)
+                h = self.read(begin, end)
+                self.hidden.write(begin, (h + self.dense_ffn(layer, h)).cpu())
+                progress((1 - _ATTENTION) * (end - begin) / n)
 
     def _routed(self, layer: int, progress: Progress) -> None:
         moe, m, out = self.hyper.moe, self.matrices, self.spare
@@ -149,18 +186,24 @@ class Stream:
             raise UsageError(f"layer {layer} has experts, the metadata has none")
         routing = np.empty((self.hidden.n_rows, moe.n_used), np.int16)
         gates = torch.empty(self.hidden.n_rows, moe.n_used)
-        for begin, end in self.token_blocks():
-            h = self.read(begin, end)
-            x = self.ffn_input(layer, h)
-            chosen, weights = blocks.route(m, moe, layer, x)
-            routing[begin:end] = chosen.cpu().numpy()
-            gates[begin:end] = weights.cpu()
-            out.write(begin, (h + blocks.shared_ffn(m, layer, x)).cpu())
+        with self._keeping():
+            for begin, end in self.token_blocks():
+                self._enter(begin)
+                h = self.read(begin, end)
+                x = self.ffn_input(layer, h)
+                chosen, weights = blocks.route(m, moe, layer, x)
+                routing[begin:end] = chosen.cpu().numpy()
+                gates[begin:end] = weights.cpu()
+                out.write(begin, (h + blocks.shared_ffn(m, layer, x)).cpu())
         for expert in range(moe.n_experts):
             places, slots = np.nonzero(routing == expert)
-            index = torch.from_numpy(places)
-            share = gates[index, torch.from_numpy(slots)]
-            self._expert(layer, expert, index, share, out)
+            share = gates[torch.from_numpy(places), torch.from_numpy(slots)]
+            with m.keeping():
+                for begin, end in self.sequences.spans:
+                    mine = slice(*np.searchsorted(places, (begin, end)))
+                    self._enter(begin)
+                    self._expert(layer, expert, torch.from_numpy(places[mine]), share[mine], out)
+                    self._show_prior(layer, expert, begin, end, mine.stop - mine.start)
             progress((1 - _ATTENTION) / moe.n_experts)
         self.hidden, self.spare, self.routing = out, self.hidden, routing
 
@@ -178,13 +221,30 @@ class Stream:
                 x = self.ffn_input(layer, self.take(part))
                 y = m.swiglu(prefix, "_exps", x, expert)
                 out.add(part, (y * weight[:, None].to(y.device)).cpu())
-        down = f"{prefix}_down_exps.weight"
-        if m.observer and m.observer.wants_prior(down, len(index)):
-            n = min(_PRIOR_TOKENS, self.hidden.n_rows)
-            sample = torch.linspace(0, self.hidden.n_rows - 1, n, dtype=torch.float64).long()
+
+    def _show_prior(self, layer: int, expert: int, begin: int, end: int, n_own: int) -> None:
+        """Show an expert a span's share of the sample of all tokens, where it sees few of its own.
+
+        Few in proportion: whoever sees few in all does so in one span at least, so that no span
+        need know of the others.
+        """
+        m, prefix, n = self.matrices, f"blk.{layer}.ffn", end - begin
+        down, n_all = f"{prefix}_down_exps.weight", self.sequences.n_all or len(self.sequences)
+        if m.observer and n and m.observer.wants_prior(down, n_own * n_all // n):
+            n_sample = min(n, -(-_PRIOR_TOKENS * n // n_all))
+            sample = begin + torch.linspace(0, n - 1, n_sample, dtype=torch.float64).long()
             x = self.ffn_input(layer, self.take(sample))
             inner = m.swiglu_inner(prefix, "_exps", x, expert)
             m.observer.see_prior(down, inner, expert, m.weights.shape(down)[0])
+
+    def _enter(self, place: int) -> None:
+        """Tell of the span of a token."""
+        self._on_span(bisect_right(self.sequences.ends, place))
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        """Keep matrices, where there are several blocks of tokens to multiply them with."""
+        one = len(self.sequences) <= self.n_block and len(self.sequences.spans) == 1
+        return nullcontext() if one else self.matrices.keeping()
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Hidden states of the tokens `index` i64[n], ascending: f32[n, hidden] on the device."""
@@ -205,17 +265,17 @@ class Stream:
         return max(64, _WORK_BYTES // (4 * 4 * widest))
 
     def token_blocks(self) -> Iterator[tuple[int, int]]:
-        """Blocks of tokens whose activations fit the working memory."""
-        n = self.hidden.n_rows
-        for begin in range(0, n, self.n_block):
-            yield begin, min(begin + self.n_block, n)
+        """Blocks of tokens of a span each, whose activations fit the working memory."""
+        for first, last in self.sequences.spans:
+            for begin in range(first, last, self.n_block):
+                yield begin, min(begin + self.n_block, last)
 
     def sequence_blocks(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Blocks of tokens that end where sequences end."""
+        """Blocks of tokens of a span each that end where sequences end."""
         begin = end = 0
         lengths: list[int] = []
         for n in self.sequences.lengths:
-            if lengths and end + n - begin > self.n_block:
+            if lengths and (end + n - begin > self.n_block or end in self.sequences.ends):
                 yield begin, end, lengths
                 begin, lengths = end, []
             lengths.append(n)

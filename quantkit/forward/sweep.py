@@ -1,20 +1,16 @@
 """Several streams through all layers side by side, saved between layers so that a kill costs one.
 
-The save is one file: a line of JSON (digest, next layer, the arrays' names, types and shapes), the
-arrays, and a CRC-32 of all that. It counts only where this very sweep could have written that line
-and the sum is right, so nothing in the file is ever interpreted.
+The save is one file, see `state`; its first line says the digest and the next layer. It counts only
+where this very sweep could have written that line and the sum is right.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +19,19 @@ import torch
 from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Compute
 from quantkit.forward.rows import Rows, as_bytes, rows_within
+from quantkit.forward.state import (
+    Arrays,
+    first_line,
+    read_arrays,
+    shapes_of,
+    whole_state,
+    write_state,
+)
 from quantkit.forward.stream import Stream
 from quantkit.run import fs
 
-Arrays = dict[str, npt.NDArray[Any]]
-
 _NAME = "sweep.state"
 _PIECE = 64 << 20
-_MAX_HEAD = 1 << 20
 # A save may take this share of the time since the last one.
 _SHARE = 0.1
 
@@ -119,27 +120,15 @@ class Sweep:
         if self._path is None:
             return
         begun = time.monotonic()
-        partial = fs.partial_of(self._path)
-        fs.make_folder(self._path.parent)
-        fd = fs.open_sized(partial, 0)
-        at = crc = 0
-        try:
-            for piece in self._pieces(next_layer):
-                fs.write_at(fd, piece, at, partial)
-                at, crc = at + len(piece), zlib.crc32(piece, crc)
-            fs.write_at(fd, crc.to_bytes(4, "little"), at, partial)
-        finally:
-            os.close(fd)
-        fs.publish(self._path)
+        write_state(self._path, self._pieces(next_layer))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - begun
 
     def _head(self, next_layer: int) -> bytes:
         """The first line of a state, which says all that the rest depends on."""
-        arrays = [[name, a.dtype.str, a.shape] for name, a in self._memory.arrays().items()]
-        arrays += [["hidden", "<f4", (s.hidden.n_rows, s.hidden.n_cols)] for s in self.streams]
-        said = {"digest": self._digest, "layer": next_layer, "arrays": arrays}
-        return json.dumps(said).encode() + b"\n"
+        arrays = shapes_of(self._memory.arrays())
+        arrays += [("hidden", "<f4", (s.hidden.n_rows, s.hidden.n_cols)) for s in self.streams]
+        return first_line({"digest": self._digest, "layer": next_layer}, arrays)
 
     def _pieces(self, next_layer: int) -> Iterator[bytes | memoryview]:
         yield self._head(next_layer)
@@ -163,38 +152,23 @@ class Sweep:
 
     def _load(self, at_most: int) -> int:
         """Next layer of a saved state of this very sweep, which is then in place; else 0."""
-        if self._path is None or not self._path.is_file():
+        if self._path is None:
             return 0
-        with self._path.open("rb") as file:
-            head = file.readline(_MAX_HEAD)
-            layers = range(1, at_most + 1)
-            layer = next((layer for layer in layers if head == self._head(layer)), 0)
-            if layer == 0 or not _is_whole(file, len(head) + self._n_bytes()):
+        layers = range(1, at_most + 1)
+        lines = (self._head(layer) for layer in layers)
+        with whole_state(self._path, lines, self._n_bytes()) as found:
+            if found is None:
                 return 0
-            file.seek(len(head))
-            arrays = {
-                name: np.fromfile(file, array.dtype, array.size).reshape(array.shape)
-                for name, array in self._memory.arrays().items()
-            }
+            which, file = found
+            arrays = read_arrays(file, self._memory.arrays())
             for rows, begin, end in self._hidden():
                 x = np.fromfile(file, np.float32, (end - begin) * rows.n_cols)
                 rows.write(begin, torch.from_numpy(x).view(end - begin, rows.n_cols))
         self._memory.restore(arrays)
-        return layer
+        return layers[which]
 
 
 def clear_state(folder: Path) -> None:
     """Remove the state of any sweep from its folder, also one that was being written."""
     fs.remove(folder / _NAME)
     fs.remove(fs.partial_of(folder / _NAME))
-
-
-def _is_whole(file: BinaryIO, n_bytes: int) -> bool:
-    """Whether a file is `n_bytes` and their CRC-32."""
-    if file.seek(0, os.SEEK_END) != n_bytes + 4:
-        return False
-    file.seek(0)
-    crc = 0
-    for begin in range(0, n_bytes, _PIECE):
-        crc = zlib.crc32(file.read(min(_PIECE, n_bytes - begin)), crc)
-    return file.read() == crc.to_bytes(4, "little")

@@ -1,23 +1,35 @@
-"""Calibrate: text in, importance statistics out, the model streamed past."""
+"""Calibrate: text in, importance statistics out, the model streamed past, by one or by many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from quantkit.calibrate.coverage import THRESHOLDS, coverage
 from quantkit.calibrate.imatrix import read_imatrix, write_imatrix
-from quantkit.calibrate.measure import clear, measure
+from quantkit.calibrate.measure import Measuring, clear, measure, measure_share, merge_shares
 from quantkit.calibrate.statistics import Statistics
 from quantkit.container.kv import string, u32
 from quantkit.errors import UsageError
 from quantkit.evaluate.summary import with_bos
-from quantkit.hub.session import Place
+from quantkit.forward.spans import SPAN_TOKENS
+from quantkit.hub.session import HubSession, Place, ref_of, spool_of
 from quantkit.pipeline.opening import Opened, Reading, Running, opened, read_tokens
+from quantkit.pipeline.shared import (
+    TOKENS,
+    Ref,
+    Spread,
+    have_done,
+    pinned,
+    proof_of,
+    require_same,
+    use_threads,
+)
 from quantkit.run import fs
-from quantkit.run.events import Reporter, size
+from quantkit.run.events import Reporter, Silent, size
 from quantkit.text.tokens import TokenSet, chunks
 from quantkit.types import Kv
 
@@ -26,28 +38,87 @@ _IDENTITY = "quantkit.calibration.identity"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to measure, on what, and how."""
+    """What to measure, on what, and how. `span_tokens` is the size of what can be shared."""
 
     model: Place
     reading: Reading
     running: Running = field(default_factory=Running)
+    span_tokens: int = SPAN_TOKENS
+
+
+@dataclass(frozen=True)
+class SharedCalibration:
+    """What is to be measured, for a worker; see `SharedJob`.
+
+    `reading` is of tokens in `work`, `identity` what model and text have to be. `spool` bounds what
+    is fetched from the Hub, bytes on each worker's disk.
+    """
+
+    model: Ref
+    reading: Reading
+    running: Running
+    span_tokens: int
+    work: Path
+    identity: str
+    spool: int = 0
+    n_threads: int | None = None
+
+    def opened(self) -> CalibrationWorker:
+        """A worker at it."""
+        return CalibrationWorker(self)
+
+
+class CalibrationWorker:
+    """See `ShareWorker`."""
+
+    def __init__(self, shared: SharedCalibration) -> None:
+        use_threads(shared.n_threads)
+        with ExitStack() as stack:
+            session = stack.enter_context(HubSession(Silent(), spool=shared.spool))
+            place = session.at(shared.model)
+            job = Calibration(place, shared.reading, shared.running, shared.span_tokens)
+            model = stack.enter_context(opened(place, job.running.constants))
+            tokens = read_tokens(model, job.reading)
+            identity = _identity(job, model, tokens)
+            require_same(f"{model.name} or its text", identity, shared.identity)
+            self._measuring = _measuring(job, model, tokens, identity, shared.work)
+            self._stack = stack.pop_all()
+
+    @cached_property
+    def proof(self) -> str:
+        """See `ShareWorker`."""
+        return proof_of(self._measuring.settings.compute)
+
+    def run(self, share: range) -> None:
+        """See `ShareWorker`."""
+        measure_share(self._measuring, share, lambda _: None)
+
+    def close(self) -> None:
+        """See `ShareWorker`."""
+        self._stack.close()
 
 
 def calibrate(
-    job: Calibration, output: Path, reporter: Reporter, *, force: bool = False
+    job: Calibration,
+    output: Path,
+    reporter: Reporter,
+    *,
+    force: bool = False,
+    spread: Spread | None = None,
 ) -> Statistics:
     """Measure and write an imatrix, with its tokens beside it.
 
-    A killed run is continued by the next one, and what is there already is not done again.
+    A killed run is continued by the next one, and what is there already is not done again. With
+    `spread` the text is shared among processes; the file is the same, byte for byte.
     """
     if output.suffix != ".gguf":
         raise UsageError("an imatrix is a GGUF file, its name ends in .gguf", where=str(output))
     with opened(job.model, job.running.constants) as model:
         tokens = read_tokens(model, job.reading)
-        identity = f"{model.identity} {tokens.digest} {job.reading.n_ctx} {job.running.compute()}"
+        identity = _identity(job, model, tokens)
         if output.exists() and not force:
             return _finished(output, identity, reporter)
-        statistics = _measure(job, model, tokens, identity, output, reporter)
+        statistics = _measure(job, model, tokens, identity, output, reporter, spread)
     _tell(statistics, output, reporter)
     return statistics
 
@@ -86,9 +157,26 @@ def _finished(output: Path, identity: str, reporter: Reporter) -> Statistics:
         )
     if (work := _work(output)).exists():  # of a run that was killed when all was written
         with fs.claimed(work):
-            clear(work)
+            _clear(work)
     reporter.stage("measure", f"{output.name} is already there, nothing to do")
     return statistics
+
+
+def _identity(job: Calibration, model: Opened, tokens: TokenSet) -> str:
+    return f"{model.identity} {tokens.digest} {job.reading.n_ctx} {job.running.compute()}"
+
+
+def _measuring(
+    job: Calibration, model: Opened, tokens: TokenSet, identity: str, work: Path
+) -> Measuring:
+    return Measuring(
+        model.weights,
+        model.hyper,
+        with_bos(chunks(tokens, job.reading.n_ctx), model.bos),
+        job.running.settings(work),
+        identity,
+        job.span_tokens,
+    )
 
 
 def _measure(
@@ -98,27 +186,47 @@ def _measure(
     identity: str,
     output: Path,
     reporter: Reporter,
+    spread: Spread | None,
 ) -> Statistics:
-    n_ctx, n_layers = job.reading.n_ctx, model.hyper.n_layers
-    cut = chunks(tokens, n_ctx)
-    tell_text(tokens, len(cut), n_ctx, reporter)
-    work = _work(output)
+    n_layers, work = model.hyper.n_layers, _work(output)
+    measuring = _measuring(job, model, tokens, identity, work)
+    n_chunks, n_ctx = measuring.chunks.shape
+    tell_text(tokens, n_chunks, n_ctx, reporter)
+    title = f"calibrate {model.name}"
     with fs.claimed(work):
-        with progress_of(cut.size, f"calibrate {model.name}", reporter) as progress:
-            statistics = measure(
-                model.weights,
-                model.hyper,
-                with_bos(cut, model.bos),
-                job.running.settings(work),
-                identity,
-                progress,
-                lambda done: reporter.stage("resume", f"{done} of {n_layers} layers are done"),
-            )
+        with progress_of(measuring.chunks.size, title, reporter) as progress:
+            if spread is None:
+                statistics = measure(
+                    measuring,
+                    progress,
+                    lambda done: reporter.stage("resume", f"{done} of {n_layers} layers are done"),
+                )
+            else:
+                tokens.save(work / TOKENS)
+                have_done(spread, _shared(job, identity, work), measuring.spans, progress)
+                statistics = merge_shares(measuring)
         statistics.datasets = (tokens.name,)
         tokens.save(tokens_beside(output))
         write_imatrix(output, statistics, _kvs(model, tokens, identity))
-        clear(work)
+        _clear(work)
     return read_imatrix(output)
+
+
+def _shared(job: Calibration, identity: str, work: Path) -> SharedCalibration:
+    return SharedCalibration(
+        ref_of(job.model),
+        Reading(str(work.resolve() / TOKENS), n_ctx=job.reading.n_ctx),
+        pinned(job.running),
+        job.span_tokens,
+        work.resolve(),
+        identity,
+        spool_of(job.model),
+    )
+
+
+def _clear(work: Path) -> None:
+    fs.remove(work / TOKENS)
+    clear(work)
 
 
 def _work(output: Path) -> Path:

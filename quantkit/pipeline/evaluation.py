@@ -15,13 +15,15 @@ from quantkit.calibrate.statistics import Statistics
 from quantkit.container.names import escaped, parse_shard_file_name, shard_file_name, shown
 from quantkit.container.shardset import open_shards
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.evaluate.compare import Party, Progress, Traces, Windows, compare, save_base
+from quantkit.evaluate.compare import Progress, Traces, Windows, compare, save_base
 from quantkit.evaluate.html import report_html
 from quantkit.evaluate.llamacpp import score_with_llamacpp
 from quantkit.evaluate.logits_file import MAGIC, BaseFile
 from quantkit.evaluate.report import Base, Coverage, TaskResult, Text, describe, report_json
 from quantkit.evaluate.scores import Scores
+from quantkit.evaluate.shares import clear, merge_shares
 from quantkit.evaluate.summary import Summary, perplexity, scored_positions, summarise
+from quantkit.forward.spans import SPAN_TOKENS
 from quantkit.forward.sweep import Sweep, clear_state
 from quantkit.hub.folder import HubFile
 from quantkit.hub.session import Place
@@ -36,6 +38,8 @@ from quantkit.pipeline.opening import (
     opened_gguf,
     read_tokens,
 )
+from quantkit.pipeline.shared import TOKENS, Spread, have_done
+from quantkit.pipeline.shared_evaluation import comparison, party, shared_evaluation
 from quantkit.pipeline.tasks import Asking, ask
 from quantkit.recipe import parse_recipe
 from quantkit.run import fs
@@ -52,7 +56,8 @@ class Evaluation:
     """What to compare, on what, and how: on a text, on questions to answer, or on both.
 
     `imatrix` adds expert coverage to the report. `calibrated_on` are tokens that the quants were
-    calibrated with: a text that shares too much with them is refused unless `force`.
+    calibrated with: a text that shares too much with them is refused unless `force`. `span_tokens`
+    is the size of what can be shared.
     """
 
     model: Place
@@ -65,10 +70,17 @@ class Evaluation:
     calibrated_on: Path | None = None
     force: bool = False
     asking: Asking | None = None
+    span_tokens: int = SPAN_TOKENS
 
 
-def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
-    """The report as plain data. `work` is where a killed run's state waits for the next one."""
+def evaluate(
+    job: Evaluation, work: Path, reporter: Reporter, *, spread: Spread | None = None
+) -> dict[str, Any]:
+    """The report as plain data. `work` is where a killed run's state waits for the next one.
+
+    With `spread` the text is shared among processes, the report is the same; questions, and what
+    llama.cpp runs, stay in this process.
+    """
     job = replace(job, quants=models_among(job.quants, reporter))
     is_file = is_base_file(job.model)
     if job.asking and (is_file or job.engine != "quantkit"):
@@ -79,6 +91,7 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
     statistics = read_imatrix(job.imatrix) if job.imatrix else None
     constants = job.running.constants
     text: Text | None = None
+    tokens: TokenSet | None = None
     scores: Scores | None = None
     traces: Traces | None = None
     tasks: list[TaskResult] = []
@@ -92,17 +105,18 @@ def evaluate(job: Evaluation, work: Path, reporter: Reporter) -> dict[str, Any]:
             base = stack.enter_context(opened(job.model, constants))
             name = base.name
             if job.reading:
-                cut, text = _read(job, job.reading, base, quants, reporter)
+                tokens, cut, text = _read(job, job.reading, base, quants, reporter)
         stack.callback(fs.remove_folder, work)  # where it is empty: nothing to be continued
         stack.enter_context(fs.claimed(work))
         if job.asking and isinstance(base, Opened):  # first, so that a bad file is told at once
             settings = job.running.settings(work / "task")
             tasks = ask(job.asking, base, quants, settings, reporter)
         if text:
-            scores, traces = _scores(job, base, quants, cut, work, reporter)
-    for folder in (work / "task", work):
-        clear_state(folder)
-        fs.remove_folder(folder)
+            scores, traces = _scores(job, base, quants, (cut, tokens), work, reporter, spread)
+    clear_state(work / "task")
+    fs.remove_folder(work / "task")
+    fs.remove(work / TOKENS)
+    clear(work)
     return _report(job, name, text, scores, traces, tasks, statistics)
 
 
@@ -163,7 +177,7 @@ def write_base(job: Evaluation, output: Path, reporter: Reporter) -> None:
     with opened(job.model, job.running.constants) as base:
         if job.reading is None:
             raise UsageError("there is no text to run")
-        cut, _ = _read(job, job.reading, base, (), reporter)
+        _, cut, _ = _read(job, job.reading, base, (), reporter)
         with fs.claimed(work), progress_of(cut.size, f"run {base.name}", reporter) as progress:
             sweep = _save_base(job, base, cut, work, output, progress)
         sweep.clear()
@@ -181,13 +195,13 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def _read(
     job: Evaluation, reading: Reading, base: Opened, quants: Sequence[Opened], reporter: Reporter
-) -> tuple[Ids, Text]:
+) -> tuple[TokenSet, Ids, Text]:
     tokens = read_tokens(base, reading)
     _refuse_training_text(job, tokens, quants)
     n_ctx = reading.n_ctx
     cut = chunks(tokens, n_ctx)
     tell_text(tokens, len(cut), n_ctx, reporter)
-    return cut, _about(tokens.name, cut, tokens.digest)
+    return tokens, cut, _about(tokens.name, cut, tokens.digest)
 
 
 def _read_file(base: BaseFile, name: str, reporter: Reporter) -> tuple[Ids, Text]:
@@ -218,24 +232,23 @@ def _scores(
     job: Evaluation,
     base: Opened | BaseFile,
     quants: Sequence[Opened],
-    cut: Ids,
+    text: tuple[Ids, TokenSet | None],
     work: Path,
     reporter: Reporter,
+    spread: Spread | None,
 ) -> tuple[Scores, Traces | None]:
+    cut, tokens = text
     if job.engine == "llama.cpp":
         return _scores_of_llamacpp(job, base, cut, work, reporter), None
-    identity = " ".join(model.identity for model in (base, *quants) if isinstance(model, Opened))
-    bos = base.bos if isinstance(base, Opened) else quants[0].bos
+    compared = comparison(job.running, job.span_tokens, base, quants, cut, work)
     title = f"evaluate {len(quants)} against {job.model.name}"
     with progress_of(cut.size, title, reporter) as progress:
-        scores, traces, _ = compare(
-            _party(base) if isinstance(base, Opened) else base,
-            [_party(quant) for quant in quants],
-            Windows.of(cut, bos),
-            job.running.settings(work),
-            identity,
-            progress,
-        )
+        if spread is None:
+            scores, traces, _ = compare(compared, progress)
+        else:
+            shared = shared_evaluation(compared, job.model, job.quants, job.running, tokens)
+            have_done(spread, shared, compared.text.spans, progress)
+            scores, traces = merge_shares(compared)
     reporter.stage("evaluate", f"{files(len(quants))} against {job.model.name}")
     return scores, traces
 
@@ -294,11 +307,7 @@ def _save_base(
     job: Evaluation, base: Opened, cut: Ids, work: Path, path: Path, progress: Progress
 ) -> Sweep:
     windows, settings = Windows.of(cut, base.bos), job.running.settings(work)
-    return save_base(_party(base), windows, settings, base.identity, path, progress)
-
-
-def _party(model: Opened) -> Party:
-    return Party(model.name, model.weights, model.hyper)
+    return save_base(party(base), windows, settings, base.identity, path, progress)
 
 
 def _report(

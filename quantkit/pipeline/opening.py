@@ -23,6 +23,7 @@ from quantkit.forward.sweep import Settings
 from quantkit.forward.weights import CheckpointWeights, GgufWeights, Weights
 from quantkit.hub.folder import HubFile
 from quantkit.hub.session import Place
+from quantkit.quantize.torch.devices import device_of
 from quantkit.source.checkpoint import open_checkpoint
 from quantkit.text.chat import ChatTemplate, read_chat_template
 from quantkit.text.corpus import load_corpus
@@ -173,12 +174,4 @@ def _bos(kvs: Kvs) -> int | None:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
-            hint="cpu always works; cuda needs a build of torch for it",
-        ) from None
-    return device
+    return device_of(name)

@@ -19,7 +19,7 @@ from quantkit.allocate.errors import (
     sample_rows,
 )
 from quantkit.allocate.sensitivity import Subject, Text, measure
-from quantkit.evaluate.compare import Party, Windows, compare
+from quantkit.evaluate.compare import Comparison, Party, Windows, compare
 from quantkit.evaluate.scores import TileScorer
 from quantkit.evaluate.summary import scored_positions
 from quantkit.forward.matrices import Compute
@@ -155,10 +155,9 @@ def swept(tmp_path_factory):
             disturbed = Disturbed(model.weights, Cache(1 << 28), types, rounder, {})
             base = Party("base", model.weights, model.hyper)
             quant = Party("quant", disturbed, model.hyper)
-            scores, _, sweep = compare(
-                base, [quant], Windows.of(chunks[:2], None), settings, str(types),
-                lambda part: None,
-            )  # fmt: skip
+            text = Windows.of(chunks[:2], None)
+            comparison = Comparison(base, [quant], text, settings, str(types))
+            scores, _, sweep = compare(comparison, lambda part: None)
             sweep.clear()
             return float(scores.kld.mean())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantkit.calibrate.imatrix import read_imatrix
-from quantkit.calibrate.measure import measure
+from quantkit.calibrate.measure import Measuring, measure
 from quantkit.evaluate.summary import with_bos
 from quantkit.forward.matrices import Compute
 from quantkit.forward.sweep import Settings
@@ -108,9 +108,8 @@ def test_sums_and_counts_are_those_of_transformers_inputs(tmp_path):
         tokens = read_tokens(model, Reading("core", N_CHUNKS * N_CTX))
         cut = with_bos(chunks(tokens, N_CTX), model.bos)
         settings = Settings(Compute(activations="exact"), 1 << 30, tmp_path)
-        stats = measure(
-            model.weights, model.hyper, cut, settings, "x", lambda _: None, lambda _: None
-        )
+        job = Measuring(model.weights, model.hyper, cut, settings, "x")
+        stats = measure(job, lambda _: None, lambda _: None)
         reference = hf.load(FIXTURE)
         hooked = Hooked(reference)
         for ids in cut:
@@ -126,9 +125,8 @@ def test_rare_experts_also_see_a_sample_of_all_tokens(tmp_path):
     with opened(FIXTURE, "llama.cpp") as model:
         cut = chunks(read_tokens(model, Reading("core", 128)), 128)
         settings = Settings(Compute(), 1 << 30, tmp_path)
-        stats = measure(
-            model.weights, model.hyper, cut, settings, "x", lambda _: None, lambda _: None
-        )
+        job = Measuring(model.weights, model.hyper, cut, settings, "x")
+        stats = measure(job, lambda _: None, lambda _: None)
     assert set(stats.priors) == {f"blk.{layer}.ffn_down_exps.weight" for layer in (1, 2, 3)}
     for sums in stats.priors.values():
         assert (sums.counts == 128).all(), "a text shorter than the sample is taken whole"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantkit.cli import main
+from quantkit.errors import DeviceError
 from quantkit.pipeline.doctor import disks, job, machine
 from quantkit.pipeline.doctor.machine import as_numbers
+from quantkit.quantize.torch import devices
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-kimi-k2.5"
 CANARY = "hf_CANARYCANARYCANARYCANARYCANARYCANA"
@@ -49,6 +53,63 @@ def test_a_machine_without_a_model(doctor):
     assert code == 0
     assert {"system", "cores", "vectors", "memory", "GPU", "kernels", "token"} <= set(found)
     assert found["cores"]["value"].split()[0].isdigit()
+
+
+def _torch(monkeypatch, **cuda) -> None:
+    """A torch that is built for CUDA, whose functions say these things."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_torch_for_the_cpu_is_told_from_a_machine_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = machine._gpu()
+    assert (found.level, "built for the CPU alone" in found.value) == ("ok", True)
+    (tmp_path / "driver" / "nvidia").mkdir(parents=True)
+    (tmp_path / "driver" / "nvidia" / "version").write_text("NVRM version: 580.1")
+    found = machine._gpu()
+    assert (found.level, "install a build of torch" in found.hint) == ("warning", True)
+    _torch(monkeypatch, is_available=lambda: False)
+    found = machine._gpu()
+    assert (found.level, "CUDA 12.8" in found.value) == ("ok", True)
+
+
+def test_why_torch_can_use_no_gpu_is_said(monkeypatch):
+    def old() -> bool:
+        warnings.warn("CUDA initialization: the driver is too old\nmore", stacklevel=1)
+        return False
+
+    _torch(monkeypatch, is_available=old)
+    found = machine._gpu()
+    assert (found.level, found.value.endswith("the driver is too old")) == ("warning", True)
+
+
+def test_gpus_are_named_with_their_memory(monkeypatch):
+    _torch(
+        monkeypatch,
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        mem_get_info=lambda number: (10**9 * (number + 1), 8 * 10**10),
+        get_device_name=lambda number: f"Card {number}",
+    )
+    monkeypatch.setattr(devices, "device_of", lambda name: None)
+    found = machine._gpu()
+    assert found.level == "ok"
+    for part in ("Card 0", "Card 1", "80", "CUDA 12.8"):
+        assert part in found.value
+    assert "cuda:1" in found.hint
+
+
+def test_a_gpu_that_this_torch_has_no_code_for_is_a_warning(monkeypatch):
+    def refuse(name: str) -> None:
+        raise DeviceError("CUDA error: no kernel image", hint="install one that has")
+
+    _torch(monkeypatch, is_available=lambda: True, device_count=lambda: 1)
+    monkeypatch.setattr(devices, "device_of", refuse)
+    found = machine._gpu()
+    assert (found.level, found.hint) == ("warning", "install one that has")
 
 
 def test_a_job_is_planned_tried_and_timed(doctor, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from quantkit.errors import UsageError
 from quantkit.evaluate import compare as module
-from quantkit.evaluate.compare import Party, Windows, compare, save_base
+from quantkit.evaluate.compare import Comparison, Party, Windows, compare, save_base
 from quantkit.evaluate.logits_file import BaseFile, LogitsWriter
 from quantkit.evaluate.summary import scored_positions, summarise
 from quantkit.forward.hyper import read_hyper
@@ -41,7 +41,7 @@ def settings(folder, n_bytes: int = 1 << 30) -> Settings:
 
 
 def run(base, quants, folder, text=TEXT, identity="identity", progress=lambda part: None):
-    return compare(base, quants, text, settings(folder), identity, progress)
+    return compare(Comparison(base, quants, text, settings(folder), identity), progress)
 
 
 def logits_of(one: Party) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_traces_are_the_distances_of_hidden_states_and_choices(base, tmp_path, m
 def test_router_disagreement_counts_choices_that_the_other_does_not_make():
     base = np.array([[0, 1], [0, 1], [2, 3], [0, 3]], np.int16)
     quant = np.array([[0, 1], [1, 2], [0, 1], [0, 2]], np.int16)
-    assert module._disagreement(base, quant) == (0 + 1 + 2 + 1) / 8
+    assert module._differing(base, quant) == 0 + 1 + 2 + 1
 
 
 def test_several_quants_in_a_sweep_get_what_each_gets_alone(base, tmp_path):
@@ -151,9 +151,8 @@ def test_several_quants_in_a_sweep_get_what_each_gets_alone(base, tmp_path):
 def test_hidden_states_on_disk_change_nothing(base, tmp_path):
     quant = perturbed(1)
     in_memory, _, _ = run(base, [quant], tmp_path / "a")
-    on_disk, _, _ = compare(
-        base, [quant], TEXT, settings(tmp_path / "b", 0), "identity", lambda part: None
-    )
+    job = Comparison(base, [quant], TEXT, settings(tmp_path / "b", 0), "identity")
+    on_disk, _, _ = compare(job, lambda part: None)
     np.testing.assert_array_equal(in_memory.kld, on_disk.kld)
 
 
@@ -193,7 +192,7 @@ def test_the_state_of_another_comparison_is_not_taken_up(other, base, tmp_path):
         from quantkit.forward.matrices import Compute
 
         how = Settings(Compute(activations="llama.cpp"), 1 << 30, tmp_path)
-    compare(base, [base], text, how, identity, told.append)
+    compare(Comparison(base, [base], text, how, identity), told.append)
     assert told[0] == 0
 
 

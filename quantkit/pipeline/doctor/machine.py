@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from quantkit import __version__
 from quantkit.pipeline.doctor.finding import Finding
-from quantkit.pipeline.doctor.limits import cpu_quota, load_of_others, memory_available, n_cores
+from quantkit.pipeline.doctor.limits import (
+    PROC,
+    cpu_quota,
+    load_of_others,
+    memory_available,
+    n_cores,
+)
 from quantkit.run.events import size
 
 # package -> lowest version, and whether converting needs it
@@ -103,15 +111,43 @@ def _memory() -> Finding:
 
 def _gpu() -> Finding:
     if find_spec("torch") is None:
-        return Finding("GPU", "no torch: weights are encoded on the CPU", "note")
+        hint = "pip install 'quantkit[calibrate]' to calibrate, to evaluate, and for --device cuda"
+        return Finding("GPU", "no torch: weights are encoded on the CPU", "note", hint)
     torch = import_module("torch")
-    if not torch.cuda.is_available():
-        return Finding("GPU", f"none that torch {torch.__version__} can use")
+    if not (torch.version.cuda or torch.version.hip):
+        value = f"torch {torch.__version__} is built for the CPU alone"
+        if not (PROC / "driver/nvidia/version").exists():
+            return Finding("GPU", value)
+        hint = "install a build of torch for the GPU (pytorch.org tells which), for --device cuda"
+        return Finding("GPU", f"{value}, though there is an NVIDIA driver", "warning", hint)
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    with warnings.catch_warnings(record=True) as told:  # why torch can use none: an old driver
+        warnings.simplefilter("always")
+        n_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not n_found:
+        why = f": {str(told[0].message).splitlines()[0]}" if told else ""
+        value = f"none that torch {torch.__version__} ({built}) can use{why}"
+        return Finding("GPU", value, "warning" if told else "ok")
+    return _gpus(torch, n_found, built)
+
+
+def _gpus(torch: Any, n_found: int, built: str) -> Finding:
+    """Each by name, with its memory; a trial on the first tells whether torch has code for it."""
+    from quantkit.errors import QuantkitError  # noqa: PLC0415
+    from quantkit.quantize.torch.devices import device_of  # noqa: PLC0415
+
     found = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        found.append(f"{torch.cuda.get_device_name(number)}, {size(free)} of {size(total)} free")
-    return Finding("GPU", "; ".join(found), "ok", "used with --device cuda")
+    try:
+        for number in range(n_found):
+            device_of(f"cuda:{number}")
+            free, total = torch.cuda.mem_get_info(number)
+            name = torch.cuda.get_device_name(number)
+            found.append(f"{name}, {size(free)} of {size(total)} free")
+    except QuantkitError as error:
+        said = "; ".join([*found, error.message])
+        return Finding("GPU", f"{said} (torch {torch.__version__})", "warning", error.hint)
+    hint = "used with --device cuda" + (", or cuda:1 and so on" if n_found > 1 else "")
+    return Finding("GPU", f"{'; '.join(found)} (torch for {built})", "ok", hint)
 
 
 def _kernel_cache() -> Finding:

@@ -51,7 +51,7 @@ def torch_codec(type_: GgmlType, device: str) -> Codec:
             raise
         raise UsageError(
             f"device {device!r} needs torch, which is not installed",
-            hint="pip install 'quantkit[torch]', or leave the device out",
+            hint="pip install 'quantkit[calibrate]', or leave the device out",
         ) from None
     encoder = import_module(f"quantkit.quantize.torch.{_HOMES[type_]}").ENCODERS[type_]
     return Codec(type_, run.on_device(encoder, type_, device), kernels.decode)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from quantkit.errors import UsageError
 from quantkit.quantize.codec import Blocks, How, Importance, Tile
+from quantkit.quantize.torch._lanes import encode_here, encode_in_lane
+from quantkit.quantize.torch.devices import device_of
 from quantkit.types import GgmlType
 
 # f32[rows, cols] on the device, importance, how -> u8[rows, row_bytes] on the device.
@@ -24,34 +25,25 @@ def on_device(
 ) -> Callable[[Tile, Importance | None, How], Blocks]:
     """`Codec.encode` by an encoder on the device of that name.
 
-    Raises `UsageError` for a device that torch does not have.
+    On a CUDA device at most `LANES` chunks are searched at once, by however many threads; they have
+    32 MiB of pinned memory together. Raises `UsageError` for a device that torch does not have.
     """
-    device = _device(name)
+    device = device_of(name)
+    through = encode_in_lane if device.type == "cuda" else encode_here
 
     def encode(x: Tile, importance: Importance | None, how: How) -> Blocks:
         rows, cols = x.shape
         out = np.empty((rows, type_.row_bytes(cols)), np.uint8)
         chunk = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
         height = max(1, chunk // max(1, cols))
+
+        def search(part: torch.Tensor) -> torch.Tensor:
+            return encoder(part, importance, how)
+
         with torch.inference_mode():
             for begin in range(0, rows if cols else 0, height):
-                part = np.ascontiguousarray(x[begin : begin + height], np.float32)
-                if not part.flags.writeable:  # torch has no read-only tensors
-                    part = part.copy()
-                blocks = encoder(torch.from_numpy(part).to(device), importance, how)
-                out[begin : begin + height] = blocks.cpu().numpy()
+                end = min(begin + height, rows)
+                through(device, x[begin:end], search, out[begin:end])
         return out
 
     return encode
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"torch has no device {name!r} ({str(error).splitlines()[0]})",
-            hint="a device that torch sees: cuda, cuda:1, ..., or cpu",
-        ) from None
-    return device
