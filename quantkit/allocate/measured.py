@@ -15,9 +15,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import UsageError
+from quantkit.run.json_size import parsed_bytes
 from quantkit.types import GgmlType, TensorSpec
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 8 << 20
+_MAX_PARSED_BYTES = 16 << 20
 _STEEPEST = 2.0  # growth of KL with t^2, as a power; measured ones beyond are noise
 _FLATTEST = 0.5
 
@@ -90,8 +92,11 @@ def load_sensitivity(path: Path) -> Sensitivity:
     """Read what `save_as` gave; raises `UsageError`."""
     if path.stat().st_size > _MAX_BYTES:
         raise UsageError("is too large to be sensitivities", where=str(path))
+    raw = path.read_bytes()
+    if parsed_bytes(raw) > _MAX_PARSED_BYTES:
+        raise UsageError("takes too much memory, unlike any sensitivities", where=str(path))
     try:
-        return Sensitivity.model_validate_json(path.read_bytes())
+        return Sensitivity.model_validate_json(raw)
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -34,9 +34,16 @@ def escaped(text: str) -> str:
     """`text` on one line, with every character that is not printable written as an escape."""
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    return text.translate(_Escapes())
+
+
+class _Escapes(dict[int, str]):
+    """Code point -> what is shown for it; made as they come, a text may be of millions of them."""
+
+    def __missing__(self, code: int) -> str:
+        c = chr(code)
+        self[code] = c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        return self[code]
 
 
 def check_name(name: str, *, max_bytes: int, where: str) -> bytes:

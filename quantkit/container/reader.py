@@ -38,16 +38,17 @@ from quantkit.types import GgmlType, Kv, KvType
 
 TensorInfo = TensorPlace
 
-# Above the largest header of a model, some 17 MB, and few enough to take less than 256 MiB.
+# Above what models have, and few enough for 256 MiB and 5 seconds. The largest
+# header is some 17 MB; a model whose experts are not merged has 14,000 tensors, Kimi K2.5 1,100.
 MAX_HEADER_BYTES = 20 << 20
-MAX_KVS = 1 << 16
-MAX_TENSORS = 1 << 20
-MAX_ITEMS = 3 << 19  # array elements in all KVs together; the largest vocabularies have 1.3 M
+MAX_KVS = 1 << 12
+MAX_TENSORS = 1 << 14
+MAX_ITEMS = 11 << 17  # array elements in all KVs together; the largest vocabularies have 1.3 M
+MAX_STRINGS = 1 << 20  # of them texts; tokens and merges of the largest are 0.8 M
 
 _STEP = 1 << 20  # bytes per read
 _MIN_KV = 8 + 1 + 4 + 1  # length, key, type, value
 _MIN_INFO = 8 + 1 + 4 + 8 + 4 + 8  # length, name, n_dims, ne[0], type, offset
-_U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
@@ -107,15 +108,17 @@ class GgufFile:
         return info.st_size, info.st_mtime_ns
 
 
-def read_gguf(path: str | Path | RangeFile) -> GgufFile:
+def read_gguf(
+    path: str | Path | RangeFile, *, max_header_bytes: int = MAX_HEADER_BYTES
+) -> GgufFile:
     """Parse the header of a little-endian GGUF file of version 2 or 3.
 
     Raises `GgufError`, and nothing else, for anything that is not one, cannot be opened, or
     points outside itself; for a remote file also what reading it raises.
     """
     if not isinstance(path, str | Path):
-        stream = _Stream(path)
-        parsed = _parse(path.display, _Cursor(stream, path.size, escaped(str(path.display))))
+        stream, where = _Stream(path), escaped(str(path.display))
+        parsed = _parse(path.display, _Cursor(stream, path.size, where, max_header_bytes))
         path.lay_out((t.name, t.begin, t.end) for t in parsed.tensors)
         return replace(parsed, remote=path)
     path = Path(path)
@@ -125,7 +128,7 @@ def read_gguf(path: str | Path | RangeFile) -> GgufFile:
         if not S_ISREG(stat.st_mode):
             raise GgufError("not a regular file", where=where)
         with path.open("rb", buffering=0) as file:
-            return _parse(path, _Cursor(file, stat.st_size, where))
+            return _parse(path, _Cursor(file, stat.st_size, where, max_header_bytes))
     except OSError as error:
         raise GgufError(f"cannot be read: {error.strerror}", where=where) from error
 
@@ -145,8 +148,11 @@ class _Stream:
 class _Cursor:
     """A position in the header, over a buffer that is filled as needed."""
 
-    def __init__(self, file: BinaryIO | _Stream, n_bytes: int, where: str) -> None:
+    def __init__(
+        self, file: BinaryIO | _Stream, n_bytes: int, where: str, max_header_bytes: int
+    ) -> None:
         self._file = file
+        self._most = max_header_bytes
         self._where = where
         self._buffer = b""
         self._at = 0
@@ -154,6 +160,7 @@ class _Cursor:
         self.n_bytes = n_bytes
         self.subject = ""  # the entry being parsed, for messages
         self.items_left = MAX_ITEMS
+        self.strings_left = MAX_STRINGS
 
     @property
     def where(self) -> str:
@@ -166,7 +173,7 @@ class _Cursor:
     @property
     def left(self) -> int:
         """Bytes that the header may still have."""
-        return min(self.n_bytes, MAX_HEADER_BYTES) - self.position
+        return min(self.n_bytes, self._most) - self.position
 
     def fail(self, message: str, hint: str = "") -> GgufError:
         return GgufError(message, where=self.where, hint=hint)
@@ -174,8 +181,8 @@ class _Cursor:
     def need(self, n: int) -> None:
         """Have the next `n` bytes in the buffer."""
         if n > self.left:
-            if self.n_bytes > MAX_HEADER_BYTES and n <= self.n_bytes - self.position:
-                raise self.fail(f"the header is larger than {MAX_HEADER_BYTES} bytes")
+            if self.n_bytes > self._most and n <= self.n_bytes - self.position:
+                raise self.fail(f"the header is larger than {self._most} bytes")
             raise self.fail(
                 f"the file ends early: {n} bytes expected at {self.position} of {self.n_bytes}"
             )
@@ -202,10 +209,7 @@ class _Cursor:
         return values
 
     def u32(self) -> int:
-        self.need(4)
-        (value,) = _U32.unpack_from(self._buffer, self._at)
-        self._at += 4
-        return int(value)
+        return int(self.unpack("<I")[0])
 
     def strings(self, n: int) -> list[str]:
         """`n` length-prefixed UTF-8 texts; the caller has bounded `n`."""
@@ -277,11 +281,12 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
     if not 2 <= version <= VERSION:
         raise cursor.fail(f"GGUF version {version}, only 2 and 3 are known")
     n_tensors, n_kvs = cursor.unpack("<QQ")
-    fits = n_tensors * _MIN_INFO + n_kvs * _MIN_KV <= cursor.left
-    if not fits or n_tensors > MAX_TENSORS or n_kvs > MAX_KVS:
+    if n_tensors * _MIN_INFO + n_kvs * _MIN_KV > cursor.left:
         raise cursor.fail(
             f"{n_tensors} tensors and {n_kvs} KVs cannot be in the {cursor.left} bytes that follow"
         )
+    if n_tensors > MAX_TENSORS or n_kvs > MAX_KVS:
+        raise cursor.fail(f"{n_tensors} tensors and {n_kvs} KVs are more than any model has")
     return version, n_tensors, n_kvs
 
 
@@ -302,11 +307,14 @@ def _read_kvs(cursor: _Cursor, n_kvs: int) -> dict[str, Kv]:
             raise cursor.fail("arrays of arrays are not supported")
         (n_items,) = cursor.unpack("<Q")
         n_least = n_items * (8 if item is KvType.STRING else struct.calcsize(CODES[item]))
-        if n_least > cursor.left or n_items > cursor.items_left:
+        n_strings = n_items if item is KvType.STRING else 0
+        too_many = n_items > cursor.items_left or n_strings > cursor.strings_left
+        if n_least > cursor.left or too_many:
             raise cursor.fail(
                 f"an array of {n_items} {item.name} cannot be in the {cursor.left} bytes left"
             )
         cursor.items_left -= n_items
+        cursor.strings_left -= n_strings
         kvs[key] = Kv(type_, _read_items(cursor, item, n_items), item)
     return kvs
 

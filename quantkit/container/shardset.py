@@ -17,7 +17,14 @@ from quantkit.container.names import (
     shard_file_name,
     shown,
 )
-from quantkit.container.reader import GgufFile, RangeFile, TensorInfo, read_gguf
+from quantkit.container.reader import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    GgufFile,
+    RangeFile,
+    TensorInfo,
+    read_gguf,
+)
 from quantkit.errors import GgufError
 from quantkit.types import Kv, KvType
 
@@ -71,6 +78,7 @@ def survey(path: str | Path | RangeFile) -> tuple[ShardSet, tuple[GgufError, ...
 
     Checked: every shard is there and readable; names, `split.no`, `split.count` and
     `split.tensors.count` agree; only the first shard carries metadata; tensor names are unique.
+    All headers together keep to the bounds of one.
     """
     if isinstance(path, str):
         path = Path(path)
@@ -88,11 +96,20 @@ def survey(path: str | Path | RangeFile) -> tuple[ShardSet, tuple[GgufError, ...
         present = [(0, path)]
 
     files: list[tuple[int, GgufFile]] = []
+    n_left, n_tensors = MAX_HEADER_BYTES, 0
     for no, shard_path in present:
         try:
-            files.append((no, read_gguf(shard_path)))
+            file = read_gguf(shard_path, max_header_bytes=n_left)
         except GgufError as error:
-            problems.append(error)
+            # A new one, without the frames that hold what had been read.
+            problems.append(GgufError(error.message, where=error.where, hint=error.hint))
+            continue
+        files.append((no, file))
+        n_left, n_tensors = n_left - file.data_begin, n_tensors + len(file.tensors)
+        if n_tensors > MAX_TENSORS:
+            reason = f"more than {MAX_TENSORS} tensors up to here; the rest was not read"
+            problems.append(GgufError(reason, where=escaped(str(_shown_path(shard_path)))))
+            break
     for no, file in files:
         problems.extend(_check_split(file, no, count))
     shards = ShardSet(_shown_path(path).parent, stem, tuple(file for _, file in files))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from quantkit.errors import HubError, QuantkitError, UsageError
+from quantkit.hub.bounded import bound_answers
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,6 +41,7 @@ def api() -> HfApi:
     """The client, with the token of HF_TOKEN or `hf auth login`."""
     from huggingface_hub import HfApi  # noqa: PLC0415 - a second that other commands need not wait
 
+    bound_answers(endpoint)
     return HfApi(endpoint=endpoint(), library_name="quantkit")
 
 

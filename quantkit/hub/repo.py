@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import SourceError
+from quantkit.hub.bounded import at_most
 from quantkit.hub.client import Caller, api
 from quantkit.hub.ref import HubRef
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAX_ENTRIES = 100_000  # what the Hub advises as the most files of a repository
+_MAX_PAGES = MAX_ENTRIES // 50  # the Hub gives at least twice as many entries on one
 MAX_FILE_BYTES = 1 << 44  # 16 TiB; the Hub takes 500 GB
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -81,7 +83,8 @@ def is_commit(revision: str | None) -> bool:
 def open_repo(caller: Caller, ref: HubRef, commit: str) -> Repo:
     """List a repository at a commit. Raises `SourceError` for a listing that cannot be one."""
     client = api()
-    entries = caller.call(lambda: _listed(client, ref, commit), "listing the files")
+    with at_most(_MAX_PAGES):
+        entries = caller.call(lambda: _listed(client, ref, commit), "listing the files")
     return Repo(ref, commit, entries)
 
 

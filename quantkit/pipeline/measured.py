@@ -11,7 +11,7 @@ from dataclasses import replace
 from quantkit.container.names import parse_shard_file_name, shown
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.charts import Point, scatter
-from quantkit.evaluate.report import Report, parse_report
+from quantkit.evaluate.report import Report, load_report
 from quantkit.evaluate.style import CSS
 from quantkit.evaluate.svg import standalone
 from quantkit.pipeline.publishable import MAX_READ, Known, content
@@ -60,7 +60,7 @@ def remote_reports(remote: Remote, reporter: Reporter) -> Iterator[Report]:
         if file is None:
             continue
         try:
-            yield parse_report(json.loads(file.read_bytes()), where=shown(path))
+            yield load_report(file.read_bytes(), where=shown(path))
         except (QuantkitError, ValueError, RecursionError):
             reporter.warn(f"not in the card: {shown(path)} is no report")
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.container.names import escaped
 from quantkit.errors import OutputError, UsageError
-from quantkit.evaluate.report import Report, parse_report
+from quantkit.evaluate.report import Report, load_report
 from quantkit.publish.digests import known_sha256, sha256_of
 from quantkit.publish.layout import Item, label_of, path_in_repo
 from quantkit.run.events import Reporter, files, size
@@ -23,7 +22,7 @@ SHARED = "vision and statistics"  # the commit of what belongs to all quants
 
 _IMATRIX = ".imatrix.gguf"
 _REPORT = "report.json"
-_MAX_REPORT_BYTES = 64 << 20
+_MAX_REPORT_BYTES = 16 << 20
 MAX_READ = 64  # records and reports of a repository that are looked at
 
 
@@ -161,7 +160,7 @@ def _parsed(path: Path) -> Report:
     try:
         if path.stat().st_size > _MAX_REPORT_BYTES:
             raise UsageError("too large for a report", where=where)
-        return parse_report(json.loads(path.read_bytes()), where=where)
+        return load_report(path.read_bytes(), where=where)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"no report: {type(error).__name__}", where=where) from error
 

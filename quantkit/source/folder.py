@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,36 +63,34 @@ def check_name(name: object, *, where: str, suffix: str = "") -> str:
     return name
 
 
-def parse_json(raw: bytes, *, where: str, unique: bool = False) -> Any:
-    """JSON from a stranger: UTF-8, at most 64 levels deep, keys not repeated where `unique`.
-
-    Refuses what would take more than 256 MiB of memory.
-    """
-    if parsed_bytes(raw) > MAX_PARSED_BYTES:
-        raise SourceError("takes too much memory, unlike any checkpoint's", where=where)
+@contextmanager
+def json_errors(where: str) -> Iterator[None]:
+    """What goes wrong inside while JSON is read, as a `SourceError`."""
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_refuse_repeats if unique else None)
+        yield
     except RecursionError:
         raise SourceError("JSON is nested too deeply", where=where) from None
     except UnicodeDecodeError as error:
         raise SourceError(f"not UTF-8 at byte {error.start}", where=where) from None
     except ValueError as error:
         raise SourceError(f"not sound JSON: {str(error)[:200]}", where=where) from None
+
+
+def parse_json(raw: bytes, *, where: str) -> Any:
+    """JSON from a stranger: UTF-8, at most 64 levels deep.
+
+    Refuses what would take more than 256 MiB of memory.
+    """
+    if parsed_bytes(raw) > MAX_PARSED_BYTES:
+        raise SourceError("takes too much memory, unlike any checkpoint's", where=where)
+    with json_errors(where):
+        value = json.loads(raw.decode())
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [child for node in level for child in _children(node)]
         if not level:
             return value
     raise SourceError(f"JSON is nested deeper than {MAX_JSON_DEPTH} levels", where=where)
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:200]!r} occurs twice")
-    return members
 
 
 def _children(node: Any) -> list[Any]:
@@ -102,15 +102,13 @@ def _children(node: Any) -> list[Any]:
     return [child for child in node if isinstance(child, (dict, list))]
 
 
-def read_json(
-    place: Place, name: str, max_bytes: int, *, unique: bool = False
-) -> dict[str, Any] | None:
+def read_json(place: Place, name: str, max_bytes: int) -> dict[str, Any] | None:
     """A JSON object from a small file; None if there is none."""
     raw = place.read_bytes(name, max_bytes)
     if raw is None:
         return None
     where = str(place.root / name)
-    value = parse_json(raw, where=where, unique=unique)
+    value = parse_json(raw, where=where)
     if not isinstance(value, dict):
         raise SourceError(f"a JSON object is expected, got {type(value).__name__}", where=where)
     return value
@@ -163,11 +161,9 @@ class Folder:
             raise SourceError(f"is larger than the {max_bytes:,} bytes allowed", where=where)
         return raw
 
-    def read_json(
-        self, name: str, max_bytes: int, *, unique: bool = False
-    ) -> dict[str, Any] | None:
+    def read_json(self, name: str, max_bytes: int) -> dict[str, Any] | None:
         """A JSON object from a small file; None if there is none."""
-        return read_json(self, name, max_bytes, unique=unique)
+        return read_json(self, name, max_bytes)
 
     def _check_link(self, name: str) -> None:
         path = self.root / name

@@ -25,10 +25,12 @@ from pydantic import (
 
 from quantkit.container.names import MAX_SHARDS, MAX_TENSOR_NAME_BYTES, check_name, escaped, shown
 from quantkit.errors import GgufError
+from quantkit.run.json_size import parsed_bytes
 from quantkit.types import GgmlType
 
 SUFFIX = ".manifest.json"
-MAX_MANIFEST_BYTES = 64 << 20  # some 200 bytes per tensor
+MAX_MANIFEST_BYTES = 8 << 20  # some 300 bytes per tensor
+_MAX_PARSED_BYTES = 24 << 20
 MAX_CHUNKS = 1 << 20  # per tensor; bounds the work of verifying it
 
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,249}\.gguf")
@@ -167,6 +169,8 @@ def load_manifest(path: Path) -> Manifest:
         raw = path.read_bytes()
     except OSError as error:
         raise GgufError(f"cannot be read: {error.strerror}", where=where) from error
+    if parsed_bytes(raw) > _MAX_PARSED_BYTES:
+        raise GgufError("takes too much memory, unlike any manifest", where=where)
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:

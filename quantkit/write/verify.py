@@ -80,14 +80,16 @@ def verify(
     *,
     deep: bool = True,
     threads: int = 1,
+    on_begin: Callable[[int], None] = lambda n: None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> VerifyReport:
     """Check the shard set that the file at `path` belongs to; problems are collected, not raised.
 
     `deep` reads all tensor data, once, in `threads` threads; otherwise only sizes and headers are
-    compared. `on_bytes` hears of data bytes as they are done.
+    compared. `on_begin` hears how many data bytes there are, `on_bytes` of them as they are done.
     """
     shards, survey_problems = survey(path)
+    on_begin(sum(tensor.n_bytes for _, tensor in shards.tensors()))
     problems: list[QuantkitError] = list(survey_problems)
     manifest, manifest_file = None, manifest_path(shards.folder, shards.stem)
     if manifest_file.exists():

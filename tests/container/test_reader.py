@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantkit.container.kv import CODES
-from quantkit.container.reader import MAX_HEADER_BYTES, MAX_ITEMS, GgufFile, read_gguf
+from quantkit.container.reader import MAX_HEADER_BYTES, MAX_ITEMS, MAX_STRINGS, GgufFile, read_gguf
 from quantkit.errors import GgufError
 from quantkit.types import GgmlType, Kv, KvType
 from tests.builders.gguf import (
@@ -183,6 +183,14 @@ def test_reader_bounds_the_header_of_a_huge_file(tmp_path):
 def test_the_elements_of_all_arrays_together_are_bounded(parse):
     n = MAX_ITEMS // 2 + 1
     arrays = [kv(key, ARRAY, array(U8, n, b"\0" * n)) for key in ("a", "b")]
+    assert len(parse(gguf_bytes(arrays[:1])).kvs["a"].value) == n
+    with pytest.raises(GgufError, match="KV b: an array of"):
+        parse(gguf_bytes(arrays))
+
+
+def test_the_texts_of_all_arrays_together_are_bounded(parse):
+    n = MAX_STRINGS // 2 + 1
+    arrays = [kv(key, ARRAY, array(STRING, n, text("") * n)) for key in ("a", "b")]
     assert len(parse(gguf_bytes(arrays[:1])).kvs["a"].value) == n
     with pytest.raises(GgufError, match="KV b: an array of"):
         parse(gguf_bytes(arrays))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.pipeline import Job, Output, convert
+from quantkit.pipeline.conversion import Planned
 from quantkit.plan.build import Limits
 from quantkit.run.events import Silent
 from tests.builders.safetensors import bf16, write_checkpoint
@@ -105,12 +106,14 @@ class Work:
     n_threads: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     max_shard_bytes: int | None = 12_000
+    memory: int | None = None
 
-    def run(self, folder: Path, *, restart: bool = False, force: bool = False) -> None:
+    def run(self, folder: Path, *, restart: bool = False, force: bool = False) -> Planned:
         """To the end."""
         limits = Limits(self.max_shard_bytes)
         job = Job(self.model, self.recipe, limits, name="m", mmproj=None, **self.options)
-        convert(job, Output(folder, self.n_threads, restart, force), Silent())
+        output = Output(folder, self.n_threads, restart, force, memory=self.memory)
+        return convert(job, output, Silent())
 
 
 def digests(folder: Path) -> dict[str, str]:

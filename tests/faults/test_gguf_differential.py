@@ -37,6 +37,7 @@ STRICTER = {
     "0 dimensions": "a scalar, which nothing writes",
     "unknown tensor type": "types of activations, which no file holds",
     "cannot be in": "arrays beyond any vocabulary",
+    "than any model has": "more tensors or KVs than memory has room for",
     "power of two up to": "an alignment that no page has",
     "overlaps": "behind sizes that wrapped",
     "leaves a gap": "likewise",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.container.reader import MAX_STRINGS
 from tests.builders.gguf import ARRAY, STRING, U8, array, gguf_bytes, kv, text
 from tests.builders.safetensors import file_bytes
 from tests.calibrate.test_imatrix import DAT_LIES, GGUF_LIES, NON_FINITE
@@ -119,8 +120,8 @@ GGUF_BOMBS = {
     "four million short strings": lambda: gguf_bytes(
         [kv("a", ARRAY, array(STRING, 1 << 22, (struct.pack("<Q", 2) + b"ab") * (1 << 22)))]
     ),
-    "a million and a half of short strings": lambda: gguf_bytes(
-        [kv("a", ARRAY, array(STRING, 3 << 19, (struct.pack("<Q", 2) + b"ab") * (3 << 19)))]
+    "as many short strings as are read": lambda: gguf_bytes(
+        [kv("a", ARRAY, array(STRING, MAX_STRINGS, text("ab") * MAX_STRINGS))]
     ),
     "a string of 250 MB": lambda: gguf_bytes([kv("a", STRING, text(b"e" * 250_000_000))]),
     "a string of 20 MB with one wide letter": lambda: gguf_bytes(

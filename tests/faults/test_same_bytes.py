@@ -11,9 +11,11 @@ from quantkit.container.shardset import open_shards
 from quantkit.errors import OutputError
 from tests.faults.jobs import calls_of, digests, killed
 
-THREADS = (1, 2, 5)
+THREADS = (1, 2, 8)
 TILES = (None, 1024, 3_000)  # weights of a tile; None as it comes
 SHARDS = (None, 12_000, 7_000)  # most bytes of a file
+STRIPS = (None, 700, 128)  # weights of a tile that are in memory at once; None for all
+MEMORY = 1_200_000  # bytes that one tile fits, and no two
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -37,6 +39,20 @@ def tiles_of(monkeypatch):
     return cut
 
 
+@pytest.fixture
+def strips_of(monkeypatch):
+    """strips_of(n): the budget that has tiles made in strips of at most n weights."""
+
+    def bound(n_weights: int | None) -> int | None:
+        if n_weights is None:
+            return None
+        monkeypatch.setattr("quantkit.plan.memory.TILE_WEIGHTS", 2 * n_weights)
+        monkeypatch.setattr("quantkit.plan.memory._SMALLEST_STRIP", n_weights)
+        return MEMORY
+
+    return bound
+
+
 @pytest.fixture(scope="module")
 def whole(nearest, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
@@ -44,15 +60,28 @@ def whole(nearest, tmp_path_factory) -> dict[str, bytes]:
     return tensors(folder)
 
 
+@pytest.mark.parametrize("strip", STRIPS)
 @pytest.mark.parametrize("max_shard_bytes", SHARDS)
 @pytest.mark.parametrize("n_weights", TILES)
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_threads_tiles_and_shards_make_no_difference(
-    nearest, expected, whole, tiles_of, tmp_path, n_threads, n_weights, max_shard_bytes
+def test_threads_tiles_strips_and_shards_make_no_difference(
+    nearest,
+    expected,
+    whole,
+    tiles_of,
+    strips_of,
+    tmp_path,
+    n_threads,
+    n_weights,
+    max_shard_bytes,
+    strip,
 ):
     undisturbed = expected(nearest)
     tiles_of(n_weights)
-    replace(nearest, n_threads=n_threads, max_shard_bytes=max_shard_bytes).run(tmp_path)
+    memory = strips_of(strip)
+    work = replace(nearest, n_threads=n_threads, max_shard_bytes=max_shard_bytes, memory=memory)
+    done = work.run(tmp_path)
+    assert done.memory(n_threads, memory).strip_weights == strip
     assert tensors(tmp_path) == whole
     if max_shard_bytes == nearest.max_shard_bytes:
         assert digests(tmp_path) == undisturbed
@@ -60,8 +89,8 @@ def test_threads_tiles_and_shards_make_no_difference(
 
 # (threads, calls until the kill) of the runs before the last.
 HISTORIES = (
-    ((1, 40), (5, 20)),
-    ((5, 60), (1, 10), (2, 12)),
+    ((1, 40), (8, 20)),
+    ((8, 60), (1, 10), (2, 12)),
     ((2, 5), (2, 30), (2, 30), (2, 30)),
 )
 
