@@ -28,10 +28,10 @@ from quantkit.allocate.budget import allocate as allocate_within
 from quantkit.allocate.choices import build_groups
 from quantkit.pipeline import Job, Output
 from quantkit.pipeline.allocation import Goal, Question, allocate
-from quantkit.pipeline.conversion import planned
 from quantkit.pipeline.evaluation import Evaluation, evaluate
 from quantkit.pipeline.importance import load_importance
 from quantkit.pipeline.opening import Reading, Running
+from quantkit.pipeline.planning import planned
 from quantkit.plan.build import MAX_SHARD_BYTES
 from quantkit.quantize.codec import How, codec_of
 from quantkit.quantize.gain import encode_rows

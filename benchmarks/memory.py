@@ -31,7 +31,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantkit.pipeline import Job
-from quantkit.pipeline.conversion import planned
+from quantkit.pipeline.planning import planned
 from quantkit.quantize.codec import How, codec_of
 from quantkit.quantize.gain import encode_rows
 from quantkit.run.events import Silent

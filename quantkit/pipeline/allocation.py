@@ -23,8 +23,8 @@ from quantkit.errors import UsageError
 from quantkit.guide.memory import cache_bytes, context
 from quantkit.guide.model import read_shape
 from quantkit.hub.session import Place
-from quantkit.pipeline.conversion import Job, Planned, planned
 from quantkit.pipeline.guide import LADDER, PRESETS
+from quantkit.pipeline.planning import Job, Planned, planned
 from quantkit.plan.build import MAX_SHARD_BYTES, TypeChooser, can_repack
 from quantkit.quantize.codec import How, codec_of, encodable
 from quantkit.recipe import Recipe, load_recipe, shipped_names

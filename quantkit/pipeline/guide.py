@@ -25,7 +25,7 @@ from quantkit.guide.model import (
 )
 from quantkit.hub.folder import HubFile
 from quantkit.hub.session import Place
-from quantkit.pipeline.conversion import Job, Planned, planned
+from quantkit.pipeline.planning import Job, Planned, planned
 from quantkit.plan.build import TypeChooser
 from quantkit.quantize.codec import encodable
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, shipped_names

@@ -24,8 +24,8 @@ from quantkit.evaluate.scores import TileScorer
 from quantkit.evaluate.summary import scored_positions
 from quantkit.forward.matrices import Compute
 from quantkit.forward.sweep import Settings
-from quantkit.pipeline.conversion import Job, planned
 from quantkit.pipeline.opening import opened
+from quantkit.pipeline.planning import Job, planned
 from quantkit.quantize.codec import How, codec_of
 from quantkit.quantize.feedback import Feedback
 from quantkit.run.events import Silent

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.pipeline import Job, Output, convert
-from quantkit.pipeline.conversion import Planned
+from quantkit.pipeline.planning import Planned
 from quantkit.plan.build import Limits
 from quantkit.run.events import Silent
 from tests.builders.safetensors import bf16, write_checkpoint

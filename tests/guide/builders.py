@@ -11,8 +11,8 @@ import _kimi
 from quantkit.arch import base, deepseek, llama
 from quantkit.container.kv import string
 from quantkit.guide.model import Model
-from quantkit.pipeline.conversion import Planned
 from quantkit.pipeline.guide import model_of_plan
+from quantkit.pipeline.planning import Planned
 from quantkit.plan.build import Limits, TypeChooser, build_plan
 from quantkit.recipe import load_recipe
 from quantkit.types import GgmlType, TensorRef, Weight, WeightFormat

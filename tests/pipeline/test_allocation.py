@@ -14,9 +14,9 @@ from quantkit.cli import cli
 from quantkit.errors import UsageError
 from quantkit.pipeline import allocation
 from quantkit.pipeline.allocation import Goal, Question, allocate, parse_types
-from quantkit.pipeline.conversion import Job, planned
 from quantkit.pipeline.curve import draw
 from quantkit.pipeline.opening import Reading, Running
+from quantkit.pipeline.planning import Job, planned
 from quantkit.plan.build import can_repack
 from quantkit.recipe import load_recipe
 from quantkit.run.events import Silent

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.pipeline.conversion import Job, Planned, planned
 from quantkit.pipeline.doctor.disks import Disk, existing, output_disk, source_disk
 from quantkit.pipeline.doctor.finding import Finding
 from quantkit.pipeline.doctor.limits import memory_available
+from quantkit.pipeline.planning import Job, Planned, planned
 from quantkit.plan.report import work
 from quantkit.plan.rounding import forecast
 from quantkit.quantize.codec import How, codec_of
