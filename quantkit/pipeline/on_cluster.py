@@ -244,9 +244,21 @@ class TileWorker:
         return Made(tuple(digests[key] for key in task.tiles()), n_inexact, stored)
 
     def _make(self, key: Key) -> tuple[Key, bytes, int]:
-        tile = encode_tile(self._source, self._errand.plan.tensors, key, self._encoding)
+        try:
+            tile = encode_tile(self._source, self._errand.plan.tensors, key, self._encoding)
+        except RuntimeError as error:
+            raise _told(error, self._errand.device) from None
         self._puts.write(*key, tile.data)
         return key, tile.digest, tile.n_inexact
+
+
+def _told(error: RuntimeError, device: str) -> Exception:
+    """A GPU's failure as what the user can act on; any other error as it is."""
+    if device == "cpu":
+        return error
+    from quantkit.quantize.torch.devices import device_error  # noqa: PLC0415 - brings torch
+
+    return device_error(error) or error
 
 
 def _opened_puts(errand: Errand, stack: ExitStack) -> _Puts:

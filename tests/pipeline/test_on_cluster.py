@@ -10,15 +10,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from quantkit.errors import OutputError, SourceError
-from quantkit.pipeline import Job, Output, convert, on_cluster
+from quantkit.errors import DeviceError, OutputError, SourceError
+from quantkit.pipeline import Job, Output, convert, on_cluster, planned
+from quantkit.pipeline.calibration import Calibration, calibrate
+from quantkit.pipeline.evaluation import Evaluation, evaluate
+from quantkit.pipeline.opening import Reading, Running
+from quantkit.pipeline.spread import spread_over
 from quantkit.plan.build import Limits
 from quantkit.run.cluster import Cluster, Connected, connected
 from quantkit.run.events import Silent
@@ -225,6 +231,78 @@ def _data(folder: Path) -> dict[str, str]:
     return {tensor.name: tensor.sha256 for shard in shards for tensor in shard.tensors}
 
 
+def test_a_gpu_that_fails_a_worker_is_one_clear_error(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with planned(job, Silent()) as (source, decided):
+        plan, fingerprint = decided.plans[-1], source.fingerprint()
+        how = decided.how
+    ShardWriter(tmp_path, plan).close()
+    errand = on_cluster.Errand(plan, Path(job.model), fingerprint, how, tmp_path, device="cpu:0")
+    worker = errand.opened()
+    monkeypatch.setattr(on_cluster, "encode_tile", failing)
+    with pytest.raises(DeviceError, match="out of memory"):
+        worker.run(on_cluster.TileRange(((0, 0, 1),)))
+    worker.close()
+
+
+class Watch(Silent):
+    """Kills a worker when one has begun with a share of the text below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.warnings: list[str] = []
+        self._folder = folder
+        threading.Thread(target=self._kill, daemon=True).start()
+
+    def _kill(self) -> None:
+        while not list(self._folder.rglob("share-*")):
+            time.sleep(0.01)
+        os.kill(workers()[0], signal.SIGKILL)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the workers have: products of several threads may end in other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_calibration_is_shared_and_a_killed_worker_changes_nothing(
+    cluster: Connected, fixture_model: Path, tmp_path: Path
+) -> None:
+    job = Calibration(fixture_model, Reading("core", 1024, 64), Running("cpu"), span_tokens=256)
+    (tmp_path / "two").mkdir()
+    watch = Watch(tmp_path / "two")
+    spread = spread_over(cluster, watch)
+    calibrate(job, tmp_path / "two" / "m.gguf", watch, spread=spread)
+    calibrate(job, tmp_path / "m.gguf", Silent())
+    assert (tmp_path / "two" / "m.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    assert any("lost the worker" in text for text in watch.warnings)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_evaluation_is_shared_and_a_killed_worker_changes_nothing(
+    cluster: Connected, job: Job, fixture_model: Path, tmp_path: Path
+) -> None:
+    convert(replace(job, limits=Limits()), Output(tmp_path, 1), Silent())
+    quant = tmp_path / "m-Q2_K.gguf"
+    reading, running = Reading("core", 1024, 64), Running("cpu")
+    asked = Evaluation(fixture_model, (quant,), reading, running, span_tokens=256)
+    watch = Watch(tmp_path / "two")
+    report = evaluate(asked, tmp_path / "two", watch, spread=spread_over(cluster, watch))
+    assert report == evaluate(asked, tmp_path / "one", Silent())
+    assert any("lost the worker" in text for text in watch.warnings)
+
+
 def command(fixture_model: Path, folder: Path) -> list[str]:
     job = [str(fixture_model), "-r", "q2_k", "--no-imatrix", "--rounding", "nearest"]
     run = ["--executor", "ray", "--workers", "2", "--json", "-o", str(folder)]
@@ -289,7 +367,7 @@ import sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Machines
-from quantkit.pipeline import Job, Output, convert, on_cluster
+from quantkit.pipeline import Job, Output, convert, on_cluster, planned
 from quantkit.run.cluster import Cluster, connected
 from quantkit.run.events import Silent
 
