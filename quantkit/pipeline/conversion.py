@@ -21,6 +21,7 @@ from quantkit.run import fs
 from quantkit.run.cluster import Connected
 from quantkit.run.events import Reporter, files, size
 from quantkit.run.executor import run_threaded
+from quantkit.run.store import Store
 from quantkit.source.gguf import MODEL, GgufSource
 from quantkit.text.extras import require
 from quantkit.types import Plan
@@ -66,6 +67,8 @@ def convert(job: Job, output: Output, reporter: Reporter) -> Planned:
     with planned(job, reporter) as (source, first):
         decided, text = first, None
         first.memory(output.n_threads, output.memory)  # or refuse before any work
+        if output.staging is not None:
+            Store(output.staging)  # or refuse
         _require_room(job, source, first, output)
         for warning in first.warnings:
             reporter.warn(warning)

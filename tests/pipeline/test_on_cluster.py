@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.errors import DeviceError, OutputError, SourceError
+from quantkit.errors import DeviceError, OutputError, SourceError, UsageError
 from quantkit.pipeline import Job, Output, convert, on_cluster, planned
 from quantkit.pipeline.calibration import Calibration, calibrate
 from quantkit.pipeline.evaluation import Evaluation, evaluate
@@ -141,6 +141,15 @@ def test_a_store_stands_in_for_shared_files(
     convert(with_imatrix, Output(tmp_path / "alone", 2), Silent())
     assert digests(tmp_path / "out") == digests(tmp_path / "alone") != alone
     assert not [path for path in staging.rglob("*") if path.is_file()], "nothing stays there"
+
+
+def test_a_store_of_no_known_kind_is_refused_before_anything_is_laid_out(
+    cluster: Connected, job: Job, tmp_path: Path
+) -> None:
+    output = Output(tmp_path / "out", 1, cluster=cluster, staging="foo://bucket")
+    with pytest.raises(UsageError, match="foo"):
+        convert(job, output, Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_bytes_that_change_in_the_store_are_not_taken(
