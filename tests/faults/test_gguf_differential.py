@@ -170,6 +170,7 @@ def test_a_damaged_file_is_judged_the_same_or_more_strictly(ggml, tmp_path, cont
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # some 15 minutes of a core
 @settings(relaxed, max_examples=100_000)
 @given(content=broken_files())
 def test_very_many_damaged_files_are(ggml, tmp_path, content):
