@@ -35,6 +35,7 @@ from tests.localhub.hub import LocalHub
 pytest.importorskip("ray")
 IMATRIX = Path(__file__).parents[1] / "calibrate" / "tiny-kimi-k2.5.imatrix.gguf"
 LIMIT = 4_000_000
+_MARK = f"QUANTKIT_TEST_CLUSTER={os.getpid()}"  # in the environment of its processes
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def hub() -> Iterator[LocalHub]:
     """In the environment before the workers start, for they inherit it."""
     with LocalHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv(*_MARK.split("="))
         yield hub
 
 
@@ -75,23 +77,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def workers() -> list[int]:
-    """Processes of this test's cluster that hold a worker."""
-    mine, found = f"\0RAY_JOB_ID={_job_id()}\0", []
+    """Processes of this cluster, and of no other test's, that hold a worker."""
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             name = (path / "cmdline").read_bytes()
-            environment = (path / "environ").read_bytes().decode(errors="replace")
+            environment = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if name.startswith(b"ray::_Desk") and mine in f"\0{environment}":
+        if name.startswith(b"ray::_Desk") and _MARK.encode() in environment:
             found.append(int(path.name))
     return found
-
-
-def _job_id() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_job_id())
 
 
 class Assassin(Silent):
@@ -259,7 +255,7 @@ def test_a_gpu_that_fails_a_worker_is_one_clear_error(
 
 
 class Watch(Silent):
-    """Kills a worker when one has begun with a share of the text below `folder`."""
+    """Kills the workers when one has begun with a share of the text below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.warnings: list[str] = []
@@ -269,7 +265,8 @@ class Watch(Silent):
     def _kill(self) -> None:
         while not list(self._folder.rglob("share-*")):
             time.sleep(0.01)
-        os.kill(workers()[0], signal.SIGKILL)
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
