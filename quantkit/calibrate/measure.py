@@ -25,9 +25,9 @@ from quantkit.calibrate.statistics import Statistics, added
 from quantkit.errors import OutputError
 from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Matrices
-from quantkit.forward.spans import SPAN_TOKENS, Spans, clear_shares, hand_over, share_folder
+from quantkit.forward.spans import SPAN_TOKENS, Spans, hand_over, share_folder
 from quantkit.forward.stream import Sequences, Stream
-from quantkit.forward.sweep import Settings, Sweep, clear_state
+from quantkit.forward.sweep import Settings, Sweep, clear_work
 from quantkit.forward.weights import Weights
 from quantkit.run import fs
 
@@ -136,11 +136,7 @@ def merge_shares(job: Measuring) -> Statistics:
 
 def clear(work: Path) -> None:
     """Remove what measuring leaves in its work folder, whatever run it was of."""
-    clear_state(work)
-    clear_shares(work)
-    for part in work.glob(f"{_PARTS}*.gguf*"):
-        fs.remove(part)
-    fs.remove_folder(work)
+    clear_work(work, f"{_PARTS}*.gguf*")
 
 
 def _pass(

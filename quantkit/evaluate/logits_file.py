@@ -17,7 +17,6 @@ import os
 import struct
 from pathlib import Path
 from stat import S_ISREG
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from quantkit.container.names import escaped
 from quantkit.errors import NonFiniteError, SourceError, UsageError
 from quantkit.evaluate.summary import scored_positions
 from quantkit.run import fs
+from quantkit.run.closing import Closing
 
 F32 = NDArray[np.float32]
 U16 = NDArray[np.uint16]
@@ -93,7 +93,7 @@ class RecordEncoder:
         return scale
 
 
-class LogitsWriter:
+class LogitsWriter(Closing):
     """Writes a base file under a temporary name; `commit` gives it its own. A context manager.
 
     `tokens` i32 [n_chunks, n_ctx] are the text's own, before BOS replaces any. Rows are numbered
@@ -118,15 +118,7 @@ class LogitsWriter:
         self._fd = fs.open_sized(partial, n_bytes)
         fs.write_at(self._fd, head, 0, self.path)
 
-    def __enter__(self) -> LogitsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Close; what was not committed is removed."""
         if self._fd >= 0:
             os.close(self._fd)

@@ -14,7 +14,7 @@ from quantkit.errors import OutputError
 from quantkit.evaluate.compare import Comparison, Progress, Traces, compare_share
 from quantkit.evaluate.logits_file import BaseFile
 from quantkit.evaluate.scores import Scores
-from quantkit.forward.spans import clear_shares, hand_over, share_folder
+from quantkit.forward.spans import hand_over, share_folder
 from quantkit.forward.state import (
     Arrays,
     first_line,
@@ -23,7 +23,7 @@ from quantkit.forward.state import (
     whole_state,
     write_state,
 )
-from quantkit.forward.sweep import clear_state
+from quantkit.forward.sweep import clear_work
 from quantkit.run import fs
 
 _PARTS = "scores-"  # what the names of the spans' files begin with
@@ -74,11 +74,7 @@ def merge_shares(job: Comparison) -> tuple[Scores, Traces | None]:
 
 def clear(work: Path) -> None:
     """Remove what comparing leaves in its work folder, whatever run it was of."""
-    clear_state(work)
-    clear_shares(work)
-    for part in work.glob(f"{_PARTS}*"):
-        fs.remove(part)
-    fs.remove_folder(work)
+    clear_work(work, f"{_PARTS}*")
 
 
 def digest_of(job: Comparison) -> str:

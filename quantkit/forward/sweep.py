@@ -19,6 +19,7 @@ import torch
 from quantkit.forward.hyper import Hyper
 from quantkit.forward.matrices import Compute
 from quantkit.forward.rows import Rows, as_bytes, rows_within
+from quantkit.forward.spans import clear_shares
 from quantkit.forward.state import (
     Arrays,
     first_line,
@@ -166,6 +167,15 @@ class Sweep:
                 rows.write(begin, torch.from_numpy(x).view(end - begin, rows.n_cols))
         self._memory.restore(arrays)
         return layers[which]
+
+
+def clear_work(folder: Path, parts: str) -> None:
+    """Remove all that sweeps over a text leave in a folder: states, shares, files like `parts`."""
+    clear_state(folder)
+    clear_shares(folder)
+    for part in folder.glob(parts):
+        fs.remove(part)
+    fs.remove_folder(folder)
 
 
 def clear_state(folder: Path) -> None:

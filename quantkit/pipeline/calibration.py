@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from quantkit.calibrate.coverage import THRESHOLDS, coverage
@@ -20,11 +19,11 @@ from quantkit.hub.session import HubSession, Place, ref_of, spool_of
 from quantkit.pipeline.opening import Opened, Reading, Running, opened, read_tokens
 from quantkit.pipeline.shared import (
     TOKENS,
+    OpenedWorker,
     Ref,
     Spread,
     have_done,
     pinned,
-    proof_of,
     require_same,
     use_threads,
 )
@@ -68,7 +67,7 @@ class SharedCalibration:
         return CalibrationWorker(self)
 
 
-class CalibrationWorker:
+class CalibrationWorker(OpenedWorker):
     """See `ShareWorker`."""
 
     def __init__(self, shared: SharedCalibration) -> None:
@@ -82,20 +81,11 @@ class CalibrationWorker:
             identity = _identity(job, model, tokens)
             require_same(f"{model.name} or its text", identity, shared.identity)
             self._measuring = _measuring(job, model, tokens, identity, shared.work)
-            self._stack = stack.pop_all()
-
-    @cached_property
-    def proof(self) -> str:
-        """See `ShareWorker`."""
-        return proof_of(self._measuring.settings.compute)
+            super().__init__(self._measuring.settings.compute, stack.pop_all())
 
     def run(self, share: range) -> None:
         """See `ShareWorker`."""
         measure_share(self._measuring, share, lambda _: None)
-
-    def close(self) -> None:
-        """See `ShareWorker`."""
-        self._stack.close()
 
 
 def calibrate(

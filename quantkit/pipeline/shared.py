@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +42,22 @@ class ShareWorker(Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
+
+
+class OpenedWorker:
+    """What workers of shares have in common: their proof, and what they hold open."""
+
+    def __init__(self, compute: Compute, stack: ExitStack) -> None:
+        self._compute, self._stack = compute, stack
+
+    @cached_property
+    def proof(self) -> str:
+        """See `ShareWorker`."""
+        return proof_of(self._compute)
+
+    def close(self) -> None:
+        """See `ShareWorker`."""
+        self._stack.close()
 
 
 class SharedJob(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from quantkit.errors import UsageError
@@ -14,7 +13,7 @@ from quantkit.evaluate.logits_file import BaseFile
 from quantkit.evaluate.shares import digest_of, run_share
 from quantkit.hub.session import HubSession, Place, ref_of, spool_of
 from quantkit.pipeline.opening import Opened, Reading, Running, opened, opened_gguf, read_tokens
-from quantkit.pipeline.shared import TOKENS, Ref, pinned, proof_of, require_same, use_threads
+from quantkit.pipeline.shared import TOKENS, OpenedWorker, Ref, pinned, require_same, use_threads
 from quantkit.run.events import Silent
 from quantkit.text.tokens import Ids, TokenSet, chunks
 
@@ -43,7 +42,7 @@ class SharedEvaluation:
         return EvaluationWorker(self)
 
 
-class EvaluationWorker:
+class EvaluationWorker(OpenedWorker):
     """See `ShareWorker`."""
 
     def __init__(self, shared: SharedEvaluation) -> None:
@@ -68,20 +67,11 @@ class EvaluationWorker:
             job = comparison(shared.running, shared.span_tokens, base, quants, cut, shared.work)
             require_same(f"{shared.model} or a quant", digest_of(job), shared.identity)
             self._job = job
-            self._stack = stack.pop_all()
-
-    @cached_property
-    def proof(self) -> str:
-        """See `ShareWorker`."""
-        return proof_of(self._job.settings.compute)
+            super().__init__(self._job.settings.compute, stack.pop_all())
 
     def run(self, share: range) -> None:
         """See `ShareWorker`."""
         run_share(self._job, share, lambda _: None)
-
-    def close(self) -> None:
-        """See `ShareWorker`."""
-        self._stack.close()
 
 
 def comparison(
